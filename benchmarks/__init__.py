@@ -1,0 +1,1 @@
+"""Measurements of nbrunner against plain transformers: ``python -m benchmarks NAME --json``."""

@@ -1,0 +1,41 @@
+"""``python -m benchmarks NAME [--json]``; ``python -m benchmarks`` lists the names."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+HELPERS = {"report", "models", "timing", "__main__"}
+
+
+def names() -> list[str]:
+    folder = str(Path(__file__).parent)
+    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.name not in HELPERS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of: {', '.join(names())}; or all")
+    parser.add_argument("--json", action="store_true", help="one JSON object a benchmark, and nothing else")
+    arguments = parser.parse_args()
+    chosen = names() if arguments.names == ["all"] else arguments.names
+    unknown = [name for name in chosen if name not in names()]
+    if unknown:
+        parser.error(f"no benchmark called {', '.join(unknown)}; there are {', '.join(names())}")
+    if not chosen:
+        parser.print_help()
+        return 0
+    for name in chosen:
+        report = importlib.import_module(f"benchmarks.{name}").run()
+        if arguments.json:
+            print(report.to_json(), flush=True)
+        else:
+            report.print_table()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Time of a 512-token prompt against plain transformers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.models import checkpoint, local_model, prompt, remote_model
+from benchmarks.report import Report, Result, interleaved
+
+TOKENS = 512
+
+
+def run() -> Report:
+    """``mid``, one and two servers, logits of the last position only, as generation asks for them."""
+    import nbrunner
+
+    local, ids = local_model("mid"), prompt("mid", TOKENS)
+    results = []
+    for servers in (1, 2):
+        with nbrunner.LocalSwarm(model=str(checkpoint("mid")), servers=servers) as swarm:
+            remote = remote_model("mid", swarm.invite)
+            ours, theirs = interleaved(
+                [lambda model=remote: prefill_seconds(model, ids), lambda: prefill_seconds(local, ids)]
+            )
+            remote.close()
+        results.append(
+            Result(
+                f"mid, {servers} server{'s' if servers > 1 else ''}",
+                TOKENS / ours,
+                "tokens/s",
+                reference=TOKENS / theirs,
+                ratio=theirs / ours,
+                reach=0.85,
+            )
+        )
+    return Report("prefill", results, {"tokens": TOKENS, "batch": 1, "dtype": "float32", "threads": 1})
+
+
+def prefill_seconds(model: Any, ids: Any) -> float:
+    import torch
+
+    with torch.inference_mode():
+        began = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
+        return time.perf_counter() - began

@@ -1,0 +1,84 @@
+"""The magics: ``%%generate``, ``%%chat``, ``%explore``, ``%swarm``, ``%host``, and ``%config NBRunner``.
+
+Nothing here imports torch, hivemind or plotly before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+if __name__ != "nbrunner.magics":  # from the repository's root, `import magics` would make a second copy of it
+    raise ImportError("import nbrunner.magics")
+
+_ATTRIBUTE = "_nbrunner_registered"
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Give a shell the magics, their completion and their configuration."""
+    from nbrunner.magics import async_cells
+    from nbrunner.magics.chat import SUBCOMMANDS, ChatMagics
+    from nbrunner.magics.completion import make_matcher
+    from nbrunner.magics.config import NBRunner
+    from nbrunner.magics.explore import ExploreMagics
+    from nbrunner.magics.generate import GenerateMagics
+    from nbrunner.magics.host import HostMagics, host_parser
+    from nbrunner.magics.state import Notebook
+    from nbrunner.magics.swarm import SwarmMagics, subcommand_parsers
+
+    config = NBRunner(parent=shell)
+    notebook = Notebook(shell, config)
+    generate, chat = GenerateMagics(shell, notebook), ChatMagics(shell, notebook)
+    swarm = SwarmMagics(shell, notebook)
+    host = HostMagics(shell, notebook)
+    explore = ExploreMagics(shell, notebook)
+    looks = explore.explore.parser
+    matcher = make_matcher(
+        {
+            "%%generate": generate.generate.parser,
+            "%%chat": chat.chat_cell.parser,
+            "%host": host_parser(),
+            "%explore": looks,
+            "%%explore": looks,
+        },
+        {"%swarm": subcommand_parsers(), "%chat": dict.fromkeys(SUBCOMMANDS)},
+        {
+            "model": notebook.known_models,
+            "session": notebook.session_names,
+        },
+    )
+    shell.configurables.append(config)
+    for magics in (generate, chat, swarm, host, explore):
+        shell.register_magics(magics)
+    if shell.Completer is not None:
+        shell.Completer.custom_matchers.append(matcher)
+    async_cells.install(shell)
+    setattr(shell, _ATTRIBUTE, (notebook, matcher, [config, generate, chat, swarm, host, explore]))
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Undo `load_ipython_extension`. What the notebook had started (servers, sessions) ends too."""
+    from nbrunner.magics import async_cells
+
+    registered = getattr(shell, _ATTRIBUTE, None)
+    if registered is None:
+        return
+    delattr(shell, _ATTRIBUTE)
+    notebook, matcher, configurables = registered
+    async_cells.uninstall(shell)
+    if shell.Completer is not None and matcher in shell.Completer.custom_matchers:
+        shell.Completer.custom_matchers.remove(matcher)
+    shell.configurables[:] = [one for one in shell.configurables if all(one is not ours for ours in configurables)]
+    for kind, name in (
+        ("cell", "generate"),
+        ("cell", "chat"),
+        ("line", "chat"),
+        ("line", "swarm"),
+        ("line", "explore"),
+        ("cell", "explore"),
+        ("line", "host"),
+    ):
+        shell.magics_manager.magics[kind].pop(name, None)
+    for one in configurables:
+        if hasattr(one, "close"):  # servers that %host started
+            one.close()
+    notebook.close()

@@ -1,0 +1,492 @@
+"""Running a contiguous range of blocks by the model's own outer forward.
+
+The outer model computes masks, rotary tables, alibi slopes and sliding windows; every layer outside the range is
+replaced by a placeholder, the hidden state from the wire is put in before the first layer of the range, and the run
+stops after the last. The outer model itself is fed zeros: what it does to embeddings (scale, norm, positions) has
+been done once, on the client.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserInputError
+from .architecture import EndOfRun, Opaque, accepted_arguments, text_config
+from .cache import SpanCache
+from .checkpoint import Checkpoint
+from .edits import Edits
+from .huge_pages import onto_huge_pages
+from .loading import load_span_model
+
+
+@dataclass(frozen=True)
+class SpanOutput:
+    """What comes out of a span.
+
+    Attributes
+    ----------
+    hidden : Tensor
+        ``[batch, tokens, *hidden_shape]``, the span's dtype.
+    carry : dict of int to Tensor
+        What the next block takes besides the hidden state, by the part of the result it is; empty for most
+        families.
+    collected : list of Tensor
+        With ``collect=True``, what entered each block that ran, in order.
+    """
+
+    hidden: Tensor
+    carry: dict[int, Tensor] = field(default_factory=dict)
+    collected: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SpanGradient:
+    """Gradients with respect to what entered a span: the hidden state, and the carry where there is one."""
+
+    hidden: Tensor
+    carry: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Run:
+    hidden: Tensor
+    carry: Mapping[int, Tensor]
+    start: int
+    end: int
+    collected: list[Tensor] | None
+    edits: Edits | None
+    position: int
+    result: Tensor | None = None
+    rest: dict[int, Tensor] = field(default_factory=dict)
+
+
+class BlockSpan:
+    """The blocks ``[start, end)`` of a model, loaded.
+
+    One compute thread per span is assumed, because the run's state is on the span while it runs; a second thread
+    waits. The model is in evaluation mode and its parameters are frozen; `backward` computes gradients with respect
+    to the inputs.
+
+    Attributes
+    ----------
+    start, end, num_blocks : int
+        The blocks held, and how many they are.
+    dtype, device : torch.dtype, torch.device
+        Of the weights; inputs are converted.
+    hidden_shape : tuple of int
+        What follows ``[batch, tokens]`` in a hidden state.
+    architecture : Architecture
+        See `nbrunner.blocks.examine`.
+    config : PretrainedConfig
+        Of the language model.
+    nbytes : int
+        Bytes of the parameters and buffers.
+    """
+
+    def __init__(self, model: Any, architecture: Any, checkpoint: Checkpoint) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.checkpoint = checkpoint
+        pruned = model.nbrunner_layers
+        self.start, self.end = pruned.start, pruned.end
+        self.num_blocks = self.end - self.start
+        self.config = text_config(model.config)
+        self.hidden_shape: tuple[int, ...] = architecture.hidden_shape
+        first = next(pruned.originals[self.start].parameters())
+        self.dtype: torch.dtype = _floating_dtype(pruned.originals[self.start])
+        self.device: torch.device = first.device
+        tensors = [*model.parameters(), *model.buffers()]
+        self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._pruned = pruned
+        self._base = pruned.found.base
+        self._accepts = accepted_arguments(self._base)
+        self._skips = pruned.skips(architecture.result_parts)
+        self._views: dict[tuple[int, int], nn.ModuleList] = {}
+        self._rope = [_RopeState(module) for module in model.modules() if _is_dynamic_rope(module)]
+        self._lock = threading.Lock()
+        self._run: _Run | None = None
+        for index in range(self.start, self.end):
+            layer = pruned.originals[index]
+            layer.register_forward_pre_hook(self._entering(index), with_kwargs=True)
+            layer.register_forward_hook(self._leaving(index), with_kwargs=True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        start: int,
+        end: int,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BlockSpan:
+        """Load blocks, reading (and, from a hub, downloading) only the tensors they need.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            From `nbrunner.blocks.checkpoint.resolve_checkpoint`.
+        start, end : int
+            The blocks, ``0 <= start < end <= checkpoint.num_blocks``.
+        dtype : torch.dtype or str, optional
+            Default: what the model was saved in.
+        device : torch.device or str
+            Where the weights go.
+
+        Raises
+        ------
+        UnsupportedModelError
+            When the family cannot be split; nothing has been read then.
+        UserInputError
+            For a range outside the model, or an unknown dtype.
+        CheckpointError
+            For weights that are missing or damaged.
+        """
+        model, architecture = load_span_model(checkpoint, start, end, dtype=dtype, device=device)
+        onto_huge_pages(model)
+        return cls(model, architecture, checkpoint)
+
+    def new_cache(self, start: int | None = None, end: int | None = None) -> SpanCache | None:
+        """Empty caches for a session on this span, or on a part of it.
+
+        Returns
+        -------
+        SpanCache or None
+            None for a family that keeps no caches: each step then takes the whole sequence.
+        """
+        start, end = self._range(start, end)
+        if not self.architecture.cached:
+            return None
+        return SpanCache(self.config, self._slots(start, end), start=start, end=end)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        cache: SpanCache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        carry: Mapping[int, Tensor] | None = None,
+        collect: bool = False,
+        edits: Edits | None = None,
+    ) -> SpanOutput:
+        """Run blocks, without gradients.
+
+        Parameters
+        ----------
+        hidden : Tensor
+            ``[batch, tokens, *hidden_shape]`` that enters block `start`.
+        cache : SpanCache, optional
+            Of the session; the tokens are appended to it. A step may be run in several calls over consecutive parts
+            of the cache's range: its position moves when its last block has run.
+        attention_mask : Tensor, optional
+            2D, bool or integer, ``[batch, past + tokens]``, 0 where there is padding.
+        position_ids : Tensor, optional
+            ``[batch or 1, tokens]``. Without them the architecture's own default, as in the plain model.
+        start, end : int, optional
+            Blocks to run; default: all of the span (of the cache, where one is given).
+        carry : mapping of int to Tensor, optional
+            ``SpanOutput.carry`` of the block before `start`; needed where ``carry_at(start)`` is not empty.
+        collect : bool
+            Also return what entered each block.
+        edits : Edits, optional
+            Made before a block runs, and seen in what is collected. Positions count from the session's beginning.
+
+        Raises
+        ------
+        UserInputError
+            For shapes, ranges or a missing carry that do not fit; the cache is unchanged then.
+        """
+        default = (cache.start, cache.end) if cache is not None else (self.start, self.end)
+        start, end = self._range(default[0] if start is None else start, default[1] if end is None else end)
+        self._check(hidden, cache, attention_mask, position_ids, start, end, carry)
+        with self._lock, torch.inference_mode() if cache is not None else torch.no_grad():
+            run = self._execute(
+                hidden, cache, attention_mask, position_ids, start, end, carry or {}, collect, edits
+            )
+        if cache is not None and end == cache.end:
+            cache.length += hidden.shape[1]
+        return SpanOutput(_result(run), run.rest, run.collected or [])
+
+    def backward(
+        self,
+        hidden: Tensor,
+        grad_output: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        carry: Mapping[int, Tensor] | None = None,
+        grad_carry: Mapping[int, Tensor] | None = None,
+        edits: Edits | None = None,
+    ) -> SpanGradient:
+        """Gradients with respect to what entered the blocks; the forward is computed again, without a cache.
+
+        Parameters
+        ----------
+        hidden, attention_mask, position_ids, start, end, carry, edits
+            As they were passed to `forward`.
+        grad_output : Tensor
+            Gradient with respect to ``SpanOutput.hidden``, of its shape.
+        grad_carry : mapping of int to Tensor, optional
+            Gradients with respect to ``SpanOutput.carry`` that came back from the next span.
+
+        Raises
+        ------
+        UserInputError
+            For shapes that do not fit.
+        """
+        start, end = self._range(start, end)
+        self._check(hidden, None, attention_mask, position_ids, start, end, carry)
+        if grad_output.shape != hidden.shape:
+            raise UserInputError(
+                f"the gradient has the shape {list(grad_output.shape)}, the hidden state {list(hidden.shape)}"
+            )
+        with self._lock, torch.inference_mode(False), torch.enable_grad():
+            entering = hidden.detach().to(self.device, self.dtype).clone().requires_grad_(True)
+            carried = {part: _differentiable(tensor, self.device) for part, tensor in (carry or {}).items()}
+            run = self._execute(entering, None, attention_mask, position_ids, start, end, carried, False, edits)
+            outputs, gradients = [_result(run)], [grad_output.to(self.device, _result(run).dtype)]
+            for part, gradient in (grad_carry or {}).items():
+                output = run.rest.get(part)
+                if output is not None and output.requires_grad:
+                    outputs.append(output)
+                    gradients.append(gradient.to(self.device, output.dtype))
+            wanted = {part: tensor for part, tensor in carried.items() if tensor.requires_grad}
+            found = torch.autograd.grad(outputs, [entering, *wanted.values()], gradients, allow_unused=True)
+        by_part = zip(wanted, found[1:], strict=True)
+        return SpanGradient(
+            found[0] if found[0] is not None else torch.zeros_like(entering),
+            {part: gradient for part, gradient in by_part if gradient is not None},
+        )
+
+    def carry_at(self, block: int) -> frozenset[int]:
+        """The parts of the previous block's result that a block takes besides the hidden state."""
+        return self.architecture.carry[block] if 0 < block < len(self.architecture.carry) else frozenset()
+
+    def __repr__(self) -> str:
+        return f"<BlockSpan {self.checkpoint.uid} [{self.start}, {self.end}) {self.dtype} on {self.device}>"
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _range(self, start: int | None, end: int | None) -> tuple[int, int]:
+        start = self.start if start is None else start
+        end = self.end if end is None else end
+        if not self.start <= start < end <= self.end:
+            raise UserInputError(f"blocks [{start}, {end}) are not inside the span [{self.start}, {self.end})")
+        return start, end
+
+    def _check(
+        self,
+        hidden: Tensor,
+        cache: SpanCache | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        start: int,
+        end: int,
+        carry: Mapping[int, Tensor] | None,
+    ) -> None:
+        if hidden.ndim != 2 + len(self.hidden_shape) or tuple(hidden.shape[2:]) != self.hidden_shape:
+            raise UserInputError(
+                "a hidden state of this model has the shape [batch, tokens, "
+                f"{', '.join(map(str, self.hidden_shape))}], not {list(hidden.shape)}"
+            )
+        batch, tokens = hidden.shape[:2]
+        if not batch or not tokens:
+            raise UserInputError("a step needs at least one row and one token")
+        past = 0
+        if cache is not None:
+            past = cache.length
+            if not cache.start <= start < end <= cache.end:
+                raise UserInputError(
+                    f"blocks [{start}, {end}) are not inside the session's blocks [{cache.start}, {cache.end})"
+                )
+            rows = cache.batch_rows
+            if rows is not None and rows != batch:
+                raise UserInputError(f"the session has {rows} rows, the step {batch}")
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + tokens):
+            raise UserInputError(
+                f"the attention mask has the shape {list(attention_mask.shape)}, not [{batch}, {past + tokens}]"
+            )
+        if position_ids is not None and (
+            position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens
+        ):
+            raise UserInputError(f"positions have the shape {list(position_ids.shape)}, not [{batch}, {tokens}]")
+        missing = self.carry_at(start) - set(carry or {})
+        if missing:
+            raise UserInputError(
+                f"block {start} of this model also takes part {min(missing)} of what block {start - 1} returned"
+            )
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def _slots(self, start: int, end: int) -> frozenset[int]:
+        return frozenset().union(*self.architecture.slots[start:end])
+
+    def _execute(
+        self,
+        hidden: Tensor,
+        cache: SpanCache | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        start: int,
+        end: int,
+        carry: Mapping[int, Tensor],
+        collect: bool,
+        edits: Edits | None,
+    ) -> _Run:
+        hidden = hidden.to(self.device, self.dtype)
+        batch, tokens = hidden.shape[:2]
+        # Zeros, never the real tensor: some outer models scale their embeddings in place.
+        zeros = hidden.new_zeros(batch, tokens, self.architecture.embedding_width)
+        arguments: dict[str, Any] = {"inputs_embeds": zeros}
+        if "use_cache" in self._accepts:
+            arguments["use_cache"] = cache is not None
+        if "attention_mask" in self._accepts:
+            arguments["attention_mask"] = _plain_mask(attention_mask, self.device)
+        if position_ids is not None and "position_ids" in self._accepts:
+            arguments["position_ids"] = position_ids.to(self.device, torch.long)
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        for rope in self._rope:
+            rope.restore()
+        moved = {part: tensor.to(self.device) for part, tensor in carry.items()}
+        past = cache.length if cache is not None else 0
+        self._run = run = _Run(hidden, moved, start, end, [] if collect else None, edits, past)
+        part_of_cache = cache is not None and (start, end) != (cache.start, cache.end)
+        try:
+            with (
+                self._layers_in_place(start, end),
+                cache.only(self._slots(start, end)) if (cache is not None and part_of_cache) else nullcontext(),
+            ):
+                self._base(**arguments)
+        except EndOfRun:
+            pass
+        finally:
+            self._run = None
+        return run
+
+    @contextmanager
+    def _layers_in_place(self, start: int, end: int) -> Iterator[None]:
+        found = self._pruned.found
+        view = self._views.get((start, end))
+        if view is None:
+            view = self._views[start, end] = nn.ModuleList(
+                [
+                    self._pruned.originals[index] if start <= index < end else self._skips[index]
+                    for index in range(len(self._skips))
+                ]
+            )
+        found.owner._modules[found.attribute] = view
+        try:
+            yield
+        finally:
+            found.owner._modules[found.attribute] = found.layers
+
+    def _entering(self, index: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run = self._run
+            if run is None:
+                return args, kwargs
+            if index == run.start:
+                # Whatever a skipped layer would have returned comes from the wire.
+                args = tuple(_from_wire(value, run.carry) for value in args)
+                kwargs = {name: _from_wire(value, run.carry) for name, value in kwargs.items()}
+                if args:
+                    args = (run.hidden, *args[1:])
+                else:
+                    kwargs["hidden_states"] = run.hidden
+            if run.edits is not None and run.edits.touches(index):
+                edited = run.edits.apply(args[0] if args else kwargs["hidden_states"], index, run.position)
+                if args:
+                    args = (edited, *args[1:])
+                else:
+                    kwargs = {**kwargs, "hidden_states": edited}
+            if run.collected is not None:
+                run.collected.append(args[0] if args else kwargs["hidden_states"])
+            return args, kwargs
+
+        return hook
+
+    def _leaving(self, index: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            run = self._run
+            if run is None or index != run.end - 1:
+                return
+            parts = output if isinstance(output, (tuple, list)) else (output,)
+            run.result = parts[0]
+            wanted = self.carry_at(run.end)
+            run.rest = {part: parts[part] for part in wanted if part < len(parts) and parts[part] is not None}
+            raise EndOfRun
+
+        return hook
+
+
+def _from_wire(value: Any, carry: Mapping[int, Tensor]) -> Any:
+    return carry.get(value.part) if isinstance(value, Opaque) else value
+
+
+def _differentiable(tensor: Tensor, device: torch.device) -> Tensor:
+    leaf = tensor.detach().to(device).clone()
+    return leaf.requires_grad_(True) if leaf.is_floating_point() else leaf
+
+
+def _result(run: _Run) -> Tensor:
+    if run.result is None:
+        raise RuntimeError(f"the model's forward ended before block {run.end - 1}")
+    return run.result
+
+
+def _plain_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """The 2D mask as transformers takes it; None when it hides nothing: faster, and what ``generate`` does."""
+    if mask is None or bool((mask != 0).all()):
+        return None
+    return mask.to(device, torch.long)
+
+
+def _floating_dtype(layer: nn.Module) -> torch.dtype:
+    tensors = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if tensor.is_floating_point()]
+    return tensors[0].dtype if tensors else torch.float32
+
+
+def _is_dynamic_rope(module: nn.Module) -> bool:
+    kind = getattr(module, "rope_type", None)
+    kinds = kind.values() if isinstance(kind, Mapping) else [kind]
+    return any("dynamic" in str(one) for one in kinds)
+
+
+class _RopeState:
+    """What a "dynamic" rotary embedding remembers of the longest sequence it has seen.
+
+    Left alone, a long session changes a later short one (measured: 2e-4 in the output); put back before each
+    forward, the tables depend on the step's own positions only.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._buffers = dict(module._buffers)
+        self._values = {
+            name: value
+            for name, value in vars(module).items()
+            if name.endswith("max_seq_len_cached") or name == "attention_scaling"
+        }
+
+    def restore(self) -> None:
+        self._module._buffers.update(self._buffers)
+        for name in [name for name in vars(self._module) if name.endswith("max_seq_len_cached")]:
+            if name not in self._values:
+                delattr(self._module, name)
+        for name, value in self._values.items():
+            setattr(self._module, name, value)

@@ -1,0 +1,200 @@
+"""The classes with which a model is loaded: ``from_pretrained`` as in transformers, and an invite."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from nbrunner.blocks.checkpoint import Checkpoint, resolve_checkpoint
+from nbrunner.blocks.skeleton import load_client_model
+from nbrunner.client.connection import SwarmConnection
+from nbrunner.client.model import DistributedModel
+from nbrunner.client.remote import RemoteLayers
+from nbrunner.client.session import SessionOptions
+from nbrunner.client.swarm_runner import SwarmRunner
+from nbrunner.errors import NBRunnerError, UserInputError
+from nbrunner.protocol.credentials import Invite
+from nbrunner.protocol.tensors import DTYPES
+from nbrunner.swarm.loop import EngineLoop, wait_sync
+
+
+class _Auto:
+    """Base of the three; only ``from_pretrained`` makes models."""
+
+    task: ClassVar[str]
+    config_options: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self) -> None:
+        raise UserInputError(f"use {type(self).__name__}.from_pretrained(model, invite=…)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        invite: str | Invite | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        cache_dir: str | Path | None = None,
+        allowed_peers: Collection[str] | None = None,
+        blocked_peers: Collection[str] | None = None,
+        retry_budget: float = 30.0,
+        **config: Any,
+    ) -> Any:
+        """Join a swarm and load the small part of a model that stays here: embeddings, final norm and head.
+
+        Parameters
+        ----------
+        model
+            ``"tiny"`` for the bundled model, a directory that ``save_pretrained`` wrote, or a hub repository.
+        invite
+            Of the swarm that serves the model.
+        revision, token, cache_dir
+            Of a hub repository, as in transformers.
+        dtype
+            Of the part that stays here; by default what the servers compute in.
+        device
+            Of that part.
+        allowed_peers, blocked_peers
+            PeerIDs to which chains are limited, or which they avoid.
+        retry_budget
+            Seconds from the first failure of a step until it is given up.
+        **config
+            For classification: ``num_labels``, ``id2label``, ``label2id``, ``problem_type``, ``pad_token_id``.
+
+        Returns
+        -------
+        PreTrainedModel
+            An instance of the architecture's own class in evaluation mode, with ``blocks``,
+            ``inference_session()``, ``swarm`` and ``close()`` besides. What comes from the checkpoint is frozen;
+            a new classification head is trainable.
+
+        Raises
+        ------
+        UserInputError
+            No invite, or the swarm serves another revision of the model.
+        InviteError, BootstrapError
+            The invite cannot be used, or nobody in it answered.
+        CheckpointError, UnsupportedModelError
+            The model cannot be found, is incomplete, or cannot be split into blocks.
+        """
+        unknown = sorted(config.keys() - cls.config_options)
+        if unknown:
+            raise UserInputError(f"{cls.__name__}.from_pretrained does not know the argument {unknown[0]!r}")
+        if not retry_budget > 0:
+            raise UserInputError(f"retry_budget must be a positive number of seconds, not {retry_budget}")
+        if not invite:
+            raise UserInputError(
+                "no swarm to join: pass invite=…. nbrunner.LocalSwarm() or %swarm start begins a swarm on this "
+                "machine and gives an invite; a friend's swarm has one too."
+            )
+        options = SessionOptions(
+            allowed_peers=_peers(allowed_peers, "allowed_peers"),
+            blocked_peers=_peers(blocked_peers, "blocked_peers"),
+            retry_budget=retry_budget,
+        )
+        parsed = invite if isinstance(invite, Invite) else Invite.parse(invite)
+        checkpoint = resolve_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
+        for name, value in config.items():
+            setattr(checkpoint.config, name, value)
+        engine = EngineLoop.get()
+        # the p2p daemon comes up while the architecture is imported and looked at
+        joining = engine.submit(SwarmConnection.join(parsed))
+        try:
+            num_blocks = checkpoint.num_blocks
+            connection = wait_sync(joining)
+            wire = wire_dtype(connection, checkpoint)
+            loaded = load_client_model(
+                checkpoint,
+                cls.task,
+                lambda blocks, _: RemoteLayers(blocks),
+                dtype=dtype if dtype is not None else wire,
+                device=device,
+                mixins=(DistributedModel,),
+            )
+        except BaseException:
+            with contextlib.suppress(NBRunnerError, CancelledError):
+                wait_sync(engine.submit(wait_sync(joining).leave()))
+            raise
+        _freeze(loaded)
+        runner = SwarmRunner(connection, checkpoint.uid, num_blocks, wire or loaded.dtype, options)
+        loaded.attach(runner)
+        loaded.nbrunner_checkpoint = checkpoint
+        weakref.finalize(loaded, runner.release)
+        return loaded
+
+
+class AutoDistributedModelForCausalLM(_Auto):
+    """A language model whose blocks run on a swarm; ``generate`` is transformers' own.
+
+    Examples
+    --------
+    ::
+
+        model = AutoDistributedModelForCausalLM.from_pretrained("tiny", invite=swarm.invite)
+        model.generate(**tokenizer(["The capital of France is"], return_tensors="pt"), max_new_tokens=8)
+    """
+
+    task = "AutoModelForCausalLM"
+
+
+class AutoDistributedModel(_Auto):
+    """The base model without a head: hidden states in ``last_hidden_state``."""
+
+    task = "AutoModel"
+
+
+class AutoDistributedModelForSequenceClassification(_Auto):
+    """A classifier: the blocks run on a swarm, the head is local and trainable."""
+
+    task = "AutoModelForSequenceClassification"
+    config_options = frozenset({"num_labels", "id2label", "label2id", "problem_type", "pad_token_id"})
+
+
+def wire_dtype(connection: SwarmConnection, checkpoint: Checkpoint) -> torch.dtype | None:
+    """The dtype in which most servers of a model compute, None if none is there yet.
+
+    Raises
+    ------
+    UserInputError
+        The model is served only in other revisions than ours: their blocks would not fit our embeddings and head.
+    """
+    records = [entry.record for entry in connection.directory.view.servers.values()]
+    ours = [record for record in records if record.model == checkpoint.uid]
+    if not ours:
+        name = checkpoint.uid.rpartition("@")[0]
+        others = sorted({record.model for record in records if record.model.rpartition("@")[0] == name})
+        if name and others:
+            raise UserInputError(
+                f"this is {checkpoint.uid}, but the swarm serves {', '.join(others)}: another revision of the same "
+                "model, whose blocks do not fit. Load that one (revision=…, or its directory), or have this one "
+                "served."
+            )
+        return None
+    name, _ = Counter(record.dtype for record in ours).most_common(1)[0]
+    return DTYPES.get(name)
+
+
+def _freeze(model: Any) -> None:
+    """What comes from the checkpoint does not learn; a classification head, which lies outside the base, does."""
+    head_is_new = type(model).__name__.endswith("ForSequenceClassification")
+    base = {id(parameter) for parameter in model.nbrunner_skeleton.base.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(head_is_new and id(parameter) not in base)
+
+
+def _peers(peers: Collection[str] | None, name: str) -> frozenset[str] | None:
+    if peers is None:
+        return None
+    if isinstance(peers, str):
+        raise UserInputError(f"{name} is a list of PeerIDs, not one string: [{peers!r}]")
+    return frozenset(str(peer) for peer in peers)

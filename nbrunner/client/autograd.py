@@ -1,0 +1,123 @@
+"""Blocks on other machines as operations of autograd."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from nbrunner.blocks.edits import Edits
+from nbrunner.client.runner import BlockRunner, ForwardOutput
+from nbrunner.errors import UserInputError
+
+
+@runtime_checkable
+class Composed(Protocol):
+    """A runner of several parts, some of them in this process: autograd sees each by itself."""
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        *,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        capture: bool = False,
+        edits: Edits | None = None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | None]: ...
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are wanted even where the input wants none."""
+
+
+def run_blocks(
+    runner: BlockRunner,
+    hidden: torch.Tensor,
+    start: int,
+    end: int,
+    *,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    capture: bool = False,
+    edits: Edits | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Run blocks ``[start, end)`` without caches, differentiably.
+
+    Parameters
+    ----------
+    hidden
+        [batch, tokens, ...]; what comes back has its dtype and device, whatever the servers compute in.
+    mask, positions
+        As in `nbrunner.client.runner.RunnerSession.step`.
+    capture
+        Also return the input of every block, each differentiable too.
+    edits
+        Of states between the blocks, not of the first one, which the caller has in hand.
+
+    Returns
+    -------
+    (torch.Tensor, list of torch.Tensor or None)
+        Output of the last block, and the captured states.
+    """
+    if isinstance(runner, Composed):  # its parts are differentiable each, and so are the modules between them
+        return runner.run(hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits)
+    like, hidden = hidden, hidden.to("cpu", runner.dtype)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        output, *captured = _Blocks.apply(  # type: ignore[no-untyped-call]
+            hidden, runner, start, end, mask, positions, capture, edits
+        )
+        # the first captured state is the input itself: autograd needs no detour for it
+        return output.to(like), [like, *(state.to(like) for state in captured[1:])] if capture else None
+    with torch.no_grad():
+        result = runner.forward(hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits)
+    return result.hidden.to(like), result.captured and [state.to(like) for state in result.captured]
+
+
+def no_gradient_through(hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """``output`` of a cached step, which says so clearly if anybody wants its gradient."""
+    result: torch.Tensor = _Cached.apply(hidden, output)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        runner: BlockRunner,
+        start: int,
+        end: int,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        capture: bool,
+        edits: Edits | None,
+    ) -> tuple[torch.Tensor, ...]:
+        result: ForwardOutput = runner.forward(
+            hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits
+        )
+        ctx.runner, ctx.start, ctx.tape = runner, start, result.tape
+        ctx.set_materialize_grads(False)
+        return (result.hidden, *(state.clone() for state in result.captured or ()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None, *captured: torch.Tensor | None) -> tuple[Any, ...]:
+        used = {ctx.start + index: one for index, one in enumerate(captured) if one is not None}
+        if grad is None and not used:
+            return (None,) * 8
+        return (ctx.runner.backward(ctx.tape, grad, used), *(None,) * 7)
+
+
+class _Cached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        raise UserInputError(
+            "gradients cannot flow through caches on servers: call the model with use_cache=False to train."
+        )

@@ -1,0 +1,174 @@
+"""Runs a model's blocks on a swarm: the synchronous face of sessions and requests in the engine's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+
+import torch
+
+from nbrunner.blocks.edits import Edits
+from nbrunner.client.connection import SwarmConnection
+from nbrunner.client.measuring import MAX_ASKED_BYTES, LensSource, finish
+from nbrunner.client.requests import BlockRequests
+from nbrunner.client.runner import ForwardOutput, Tape
+from nbrunner.client.session import ChainSession, SessionOptions
+from nbrunner.client.travel import StepOutput
+from nbrunner.errors import UserInputError
+from nbrunner.protocol.measure import Measure
+from nbrunner.protocol.messages import CacheOp
+from nbrunner.swarm.loop import EngineLoop
+
+CLOSE_SECONDS = 5.0
+
+
+class SwarmRunner:
+    """`nbrunner.client.runner.BlockRunner` over a swarm.
+
+    Parameters
+    ----------
+    connection
+        Joined; left when the runner is closed.
+    model
+        Uid of the checkpoint.
+    num_blocks
+        Of the whole model.
+    dtype
+        Of hidden states on the wire: what the servers compute in.
+    options
+        Which peers may be used, and how long to try.
+    """
+
+    def __init__(
+        self,
+        connection: SwarmConnection,
+        model: str,
+        num_blocks: int,
+        dtype: torch.dtype,
+        options: SessionOptions,
+    ) -> None:
+        self.swarm = connection
+        self.model = model
+        self.num_blocks = num_blocks
+        self.dtype = dtype
+        self.options = options
+        self._engine = EngineLoop.get()
+        self._requests = BlockRequests(connection, model, dtype, options)
+        self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
+        self._closing: Future[None] | None = None
+
+    def open_session(self, edits: Edits | None = None, start: int = 0, end: int | None = None) -> SwarmSession:
+        """A session over blocks ``[start, end)``, by default all; servers are chosen with its first step."""
+        end = self.num_blocks if end is None else end
+        chain = ChainSession(self.swarm, self.model, start, end, self.options, edits)
+        session = SwarmSession(self._engine, chain)
+        self._sessions.add(session)
+        return session
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        *,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        capture: bool = False,
+        edits: Edits | None = None,
+        measure: Measure | None = None,
+        lens: LensSource | None = None,
+        limit: int = MAX_ASKED_BYTES,
+    ) -> ForwardOutput:
+        """See `nbrunner.client.runner.BlockRunner.forward` and `BlockRequests.forward`."""
+        if measure is None:
+            return self._engine.run(
+                self._requests.forward(
+                    hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits
+                )
+            )
+        if capture:
+            raise UserInputError("states are captured or measured, not both: ask the measure for hidden")
+        output, parts, request = self._engine.run(
+            self._requests.measured(
+                hidden, start, end, measure, mask=mask, positions=positions, edits=edits, limit=limit
+            )
+        )
+        # in this thread, not in the engine's: looking through a lens takes its time
+        return replace(output, measured=finish(parts, request, lens))
+
+    @property
+    def has_lenses(self) -> bool:
+        """Whether servers that can look through a lens hold all the blocks."""
+        return self._requests.lenses(0, self.num_blocks)
+
+    def backward(self, tape: Tape, grad: torch.Tensor | None, captured: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """See `nbrunner.client.runner.BlockRunner.backward`."""
+        return self._engine.run(self._requests.backward(tape, grad, captured))
+
+    def release(self) -> None:
+        """Close sessions and leave the swarm, without waiting for it."""
+        if self._closing is None and not self._engine.loop.is_closed():
+            self._closing = self._engine.submit(self._close())
+
+    def close(self) -> None:
+        """Close sessions, leave the swarm, and wait until it is done."""
+        self.release()
+        if self._closing is not None:
+            try:
+                self._closing.result(CLOSE_SECONDS)
+            except (TimeoutError, CancelledError):
+                return  # a peer that does not answer must not keep anybody from going
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(session.chain_session.close() for session in list(self._sessions)))
+        await self._requests.close()
+        await self.swarm.leave()
+
+
+class SwarmSession:
+    """`nbrunner.client.runner.RunnerSession` over a `ChainSession`."""
+
+    def __init__(self, engine: EngineLoop, chain: ChainSession) -> None:
+        self.chain_session = chain
+        self._engine = engine
+
+    @property
+    def length(self) -> int:
+        """Tokens of finished steps."""
+        return self.chain_session.length
+
+    @property
+    def chain(self) -> list[tuple[str, int, int]]:
+        """(PeerID, start, end) of each hop."""
+        return self.chain_session.chain
+
+    @property
+    def lost(self) -> list[tuple[str, str]]:
+        """(PeerID, why) of every server that failed, oldest first."""
+        return list(self.chain_session.stats.lost)
+
+    def step(
+        self,
+        hidden: torch.Tensor,
+        *,
+        ops: Sequence[CacheOp] = (),
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        capture: bool = False,
+    ) -> StepOutput:
+        """See `ChainSession.step`. An interrupt cancels it, and leaves the session as it was."""
+        return self._engine.run(
+            self.chain_session.step(hidden, ops=ops, mask=mask, positions=positions, capture=capture)
+        )
+
+    def undo(self) -> None:
+        """See `ChainSession.undo`."""
+        self._engine.run(self.chain_session.undo())
+
+    def close(self) -> None:
+        """Free the caches on the servers, without waiting for it."""
+        if not self.chain_session.closed and not self._engine.loop.is_closed():
+            self._engine.submit(self.chain_session.close())

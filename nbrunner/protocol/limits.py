@@ -1,0 +1,47 @@
+"""Every bound a peer enforces, announced in its `Welcome` so that the other side can keep to it."""
+
+from __future__ import annotations
+
+import msgspec
+
+MAX_HEADER_BYTES = 1 << 20
+"""A frame's header: the message without its tensors. Checked before it is read."""
+
+MAX_FRAME_BYTES = 64 << 20
+"""A frame's tensors. 4,096 tokens of hidden 8192 in bf16. Larger work travels in parts."""
+
+MAX_RECORD_BYTES = 4096
+"""A signed DHT record. A usual one has 0.7 kB."""
+
+MAX_RECORD_LIFETIME = 180.0
+"""Seconds from now that a DHT record may live. Servers renew theirs every 20 s."""
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
+    """What one server allows one peer.
+
+    Attributes
+    ----------
+    frame_bytes
+        Bytes of tensors in one frame.
+    part_tokens
+        Tokens times rows in one part of a step.
+    batch
+        Rows (sequences or beams) of one session or request.
+    session_tokens
+        Length to which a session may grow.
+    sessions
+        Sessions one peer may hold open at once.
+    cache_bytes
+        Bytes of KV caches and transcripts over all sessions of the server.
+    pending_parts
+        Parts of steps one session may have waiting.
+    """
+
+    frame_bytes: int = MAX_FRAME_BYTES
+    part_tokens: int = 8192
+    batch: int = 128
+    session_tokens: int = 131072
+    sessions: int = 32
+    cache_bytes: int = 4 << 30
+    pending_parts: int = 256

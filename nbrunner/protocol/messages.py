@@ -1,0 +1,395 @@
+"""The messages that peers send each other. ``docs/protocol.md`` tells who sends which, and when.
+
+Every message is a tagged struct; decoding checks types, ranges and lengths, so that what arrives in a handler
+has the right form. Whether it makes *sense* (positions, shapes, quotas) is checked where the state is.
+Tensors travel beside the message in the same frame (`nbrunner.protocol.frames`), named as each class says.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from nbrunner.protocol.limits import Limits
+from nbrunner.protocol.measure import Measure
+from nbrunner.protocol.records import ServerRecord
+
+VERSION = 1
+"""Version of the wire. Peers of another version refuse each other by name."""
+
+STREAM = "nbrunner/1"
+"""Name of the libp2p stream protocol: one handler for everything."""
+
+FEATURES: tuple[str, ...] = ("chain", "capture", "carry", "parts", "edits", "measure")
+"""Optional abilities of this version, exchanged in `Hello` and `Welcome`."""
+
+RefusalCode = Literal[
+    "version",  # another version of the wire
+    "credential",  # no invite, or not a good one
+    "role",  # the invite does not allow this
+    "model",  # another model or revision is served here
+    "blocks",  # blocks outside the span served here
+    "limit",  # over a limit that was announced
+    "full",  # no room now; see retry_after
+    "position",  # a step that does not fit what the session holds
+    "session",  # no such session here
+    "schema",  # bytes that are not a message, or a message out of place
+    "data",  # tensors of wrong shape, dtype, or with NaN or infinity
+    "link",  # the next server of the chain could not be reached
+    "draining",  # leaving; takes nothing new
+    "internal",  # our fault
+]
+
+_Id = Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern="^[0-9a-f]+$")]
+_Peer = Annotated[str, msgspec.Meta(min_length=40, max_length=60)]
+_Text = Annotated[str, msgspec.Meta(max_length=200)]
+_Reason = Annotated[str, msgspec.Meta(max_length=2000)]
+_Block = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
+_Position = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, forbid_unknown_fields=True):
+    """Base of all messages; on the wire each is a map whose ``type`` is its name in lower case."""
+
+
+# -- first words on every stream ---------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """The first frame on a stream, by whoever opened it."""
+
+    version: int
+    swarm: bytes
+    credential: Annotated[bytes, msgspec.Meta(max_length=1024)]
+    software: _Text = ""
+    features: Annotated[list[_Text], msgspec.Meta(max_length=32)] = []
+
+
+class Welcome(Message, frozen=True):
+    """The answer to `Hello` when the stream may be used."""
+
+    version: int
+    limits: Limits
+    software: _Text = ""
+    features: Annotated[list[_Text], msgspec.Meta(max_length=32)] = []
+
+
+class Refused(Message, frozen=True):
+    """No, and why. The peer that refuses is the one at the other end unless ``peer`` names another."""
+
+    code: RefusalCode
+    reason: _Reason
+    retry_after: _Seconds | None = None
+
+
+# -- edits -------------------------------------------------------------------------------------------------------
+
+
+class EditOp(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One declarative change of a hidden state (`nbrunner.blocks.edits`), made by whoever runs block ``layer``.
+
+    Attributes
+    ----------
+    kind
+        ``set`` to the vector; ``add`` factor × vector; ``scale`` by factor; ``zero``; ``project`` factor × the part
+        along the vector out.
+    layer
+        Which state: what enters block ``layer``.
+    begin, end
+        Positions ``[begin, end)`` of the sequence; ``end`` None: all from there on.
+    row
+        Of the batch; None: every row.
+    vector
+        N of the tensor ``edit.N`` beside the message.
+    """
+
+    kind: Literal["set", "add", "scale", "zero", "project"]
+    layer: _Block
+    begin: _Position = 0
+    end: _Position | None = None
+    row: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
+    factor: Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)] = 1.0
+    vector: Annotated[int, msgspec.Meta(ge=0, le=9999)] | None = None
+
+
+_Edits = Annotated[list[EditOp], msgspec.Meta(max_length=1024)]
+
+
+# -- sessions ----------------------------------------------------------------------------------------------------
+
+
+class OpenSession(Message, frozen=True):
+    """Open an inference session over blocks ``[start, end)``; the stream then belongs to it until it closes.
+
+    ``session`` is a random id chosen by the client. ``upstream`` is the server that will push steps here, None
+    if only the client does. ``edits`` (tensors ``edit.N``) are made at every step, as long as the session lives.
+    """
+
+    session: _Id
+    model: _Text
+    start: _Block
+    end: _Block
+    upstream: _Peer | None = None
+    edits: _Edits = []
+
+
+class SessionOpened(Message, frozen=True):
+    """``croppable``: whether the span's caches can drop their last tokens (recurrent states cannot)."""
+
+    session: _Id
+    croppable: bool
+
+
+class Relink(Message, frozen=True):
+    """The chain changed: from now on ``upstream`` pushes steps here. Answered by `Relinked`."""
+
+    upstream: _Peer | None = None
+
+
+class Relinked(Message, frozen=True):
+    pass
+
+
+class AttachSession(Message, frozen=True):
+    """By an upstream server, on a stream of its own: the steps that follow belong to this session."""
+
+    session: _Id
+
+
+class Attached(Message, frozen=True):
+    pass
+
+
+class CacheOp(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One change of a session's caches before a step.
+
+    ``crop``: keep the first ``count`` tokens (absolute, so that it is right whether or not an interrupted step
+    had arrived). ``select``: keep these rows, in this order (beam search).
+    ``repeat``: every row ``count`` times, neighbours together. ``reset``: forget everything.
+    """
+
+    kind: Literal["crop", "select", "repeat", "reset"]
+    count: _Position = 0
+    rows: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=65535)]], msgspec.Meta(max_length=4096)] = []
+
+
+class Hop(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One server on a step's way.
+
+    Attributes
+    ----------
+    peer, session
+        Where.
+    start, end
+        The blocks it runs, inside the span the session was opened for.
+    position
+        Tokens the client believes this hop to hold (after the step's ops): what it must be sent starts there.
+    rebuild
+        The hop is new in the chain and is being filled from its neighbour's transcript, which already has the
+        step's ops in it: it must not apply them again.
+    """
+
+    peer: _Peer
+    session: _Id
+    start: _Block
+    end: _Block
+    position: _Position = 0
+    rebuild: bool = False
+
+
+class HopTiming(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Seconds one hop spent on a step: waiting for the device, computing, and in the server in all."""
+
+    peer: _Peer
+    queue: _Seconds
+    compute: _Seconds
+    total: _Seconds
+
+
+class Step(Message, frozen=True):
+    """One part of a step: hidden states of consecutive tokens, on their way through the chain.
+
+    Tensors: ``hidden`` [batch, tokens, ...] for positions ``[position, position + tokens)``; optional ``mask``
+    [batch, >= position + tokens] bool, 2D and cumulative, absent when all true; optional ``positions``
+    [1 or batch, ...] int64, the position ids of ``[positions_from, ...)``; optional ``carry.N``.
+
+    Attributes
+    ----------
+    step
+        Number of the step in its session, from 1, rising. A server applies ``ops`` when it first sees a number
+        and never again; parts it has already computed it only forwards.
+    attempt
+        Number of the try; replies name it.
+    position
+        Where this part starts.
+    end
+        Where the whole step ends. Parts follow one another until one reaches it.
+    reply_from
+        The client wants the last hop's outputs from this position on.
+    route
+        The hops from the receiver on, the receiver first. The last one answers on the client's stream.
+    capture
+        Each hop also sends the client the hidden states that enter its blocks (`Captured`).
+    """
+
+    step: _Number
+    attempt: _Number
+    position: _Position
+    end: _Position
+    reply_from: _Position
+    route: Annotated[list[Hop], msgspec.Meta(min_length=1, max_length=256)]
+    ops: Annotated[list[CacheOp], msgspec.Meta(max_length=64)] = []
+    positions_from: _Position = 0
+    capture: bool = False
+    timings: Annotated[list[HopTiming], msgspec.Meta(max_length=256)] = []
+
+
+class StepResult(Message, frozen=True):
+    """Outputs of the last hop. Tensors: ``hidden`` [batch, tokens, ...] from ``position`` on, ``carry.N``."""
+
+    step: _Number
+    attempt: _Number
+    position: _Position
+    end: _Position
+    timings: Annotated[list[HopTiming], msgspec.Meta(max_length=256)] = []
+
+
+class Captured(Message, frozen=True):
+    """Inputs of blocks ``[start, end)``. Tensor: ``states`` [blocks, batch, tokens, ...] from ``position`` on."""
+
+    step: _Number
+    attempt: _Number
+    position: _Position
+    start: _Block
+    end: _Block
+
+
+class StepFailed(Message, frozen=True):
+    """A step stopped at the hop that sends this, on the client's stream. ``peer`` is who is to blame, if not it."""
+
+    step: _Number
+    attempt: _Number
+    code: RefusalCode
+    reason: _Reason
+    peer: _Peer | None = None
+
+
+class Draining(Message, frozen=True):
+    """To the client: this server leaves in ``seconds``; move the session at the next step."""
+
+    seconds: _Seconds
+
+
+class CloseSession(Message, frozen=True):
+    """By the client: free the caches."""
+
+
+class Ping(Message, frozen=True):
+    """Answered by the event loop, not by the compute thread: an answer says that the process is alive."""
+
+    nonce: _Number
+
+
+class Pong(Message, frozen=True):
+    """``step``, ``length``: the last step seen and tokens held by the stream's session, if it has one.
+    ``busy``: a part of it waits or runs.
+    """
+
+    nonce: _Number
+    step: _Number = 0
+    length: _Position = 0
+    busy: bool = False
+
+
+# -- requests without a session ----------------------------------------------------------------------------------
+
+
+class GetInfo(Message, frozen=True):
+    """Answered by `Info`."""
+
+
+class Info(Message, frozen=True):
+    record: ServerRecord
+    limits: Limits
+
+
+class Forward(Message, frozen=True):
+    """Run blocks ``[start, end)`` without caches.
+
+    Tensors: ``hidden`` [batch, tokens, ...]; optional ``mask``, ``positions``, ``carry.N`` as in `Step`;
+    ``edit.N``; ``final`` [batch, positions, ...] where the measure says so.
+
+    Attributes
+    ----------
+    edits
+        Made on the way. With a measure also those at state ``end``: seen in what is measured of it, while
+        ``hidden`` comes back without them, because whoever runs the next block makes them.
+    measure
+        What to compute of states ``start + 1`` to ``end``; not together with ``capture``.
+    reply
+        False: only what is measured comes back, and blocks after the last state measured are not run.
+    """
+
+    model: _Text
+    start: _Block
+    end: _Block
+    capture: bool = False
+    edits: _Edits = []
+    measure: Measure | None = None
+    reply: bool = True
+
+
+class ForwardResult(Message, frozen=True):
+    """Tensors: ``hidden``, ``carry.N``; when captured, ``states`` [blocks, batch, tokens, ...]; when measured,
+    ``measured.NAME`` as `nbrunner.protocol.measure.measured_shapes` says.
+    """
+
+    timing: HopTiming
+
+
+class Backward(Message, frozen=True):
+    """Gradient of blocks ``[start, end)`` with respect to their input; the forward pass is run again.
+
+    Tensors: as `Forward`, and ``grad`` like the output, ``grad_carry.N`` where the carry was used.
+    """
+
+    model: _Text
+    start: _Block
+    end: _Block
+    edits: _Edits = []
+
+
+class BackwardResult(Message, frozen=True):
+    """Tensors: ``grad`` like the input, ``grad_carry.N``."""
+
+    timing: HopTiming
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Refused
+    | OpenSession
+    | SessionOpened
+    | Relink
+    | Relinked
+    | AttachSession
+    | Attached
+    | Step
+    | StepResult
+    | Captured
+    | StepFailed
+    | Draining
+    | CloseSession
+    | Ping
+    | Pong
+    | GetInfo
+    | Info
+    | Forward
+    | ForwardResult
+    | Backward
+    | BackwardResult
+)

@@ -1,0 +1,97 @@
+"""torch tensors to and from the bytes of a frame, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from nbrunner.errors import BadPeerDataError
+from nbrunner.protocol.frames import RawTensor, TensorSpec
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def pack(name: str, tensor: torch.Tensor) -> RawTensor:
+    """A tensor as bytes; a contiguous CPU tensor is not copied and must not be changed until it is written."""
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    tensor = tensor.contiguous()
+    spec = TensorSpec(name, DTYPE_NAMES[tensor.dtype], list(tensor.shape))  # type: ignore[arg-type]
+    if tensor.numel() == 0:
+        return RawTensor(spec, b"")
+    return RawTensor(spec, tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def unpack(raw: RawTensor) -> torch.Tensor:
+    """A tensor that owns its memory (received bytes are read-only, and torch wants to be free to write)."""
+    dtype = DTYPES[raw.spec.dtype]
+    if raw.spec.nbytes == 0:
+        return torch.empty(raw.spec.shape, dtype=dtype)
+    memory = torch.frombuffer(bytearray(raw.data), dtype=torch.uint8)
+    if dtype == torch.bool and bool(memory.max() > 1):
+        raise BadPeerDataError(f"{raw.spec.name}: a bool that is neither 0 nor 1")
+    return memory.view(dtype).view(raw.spec.shape)
+
+
+def take(
+    tensors: Mapping[str, RawTensor],
+    name: str,
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype],
+    shape: Sequence[int | None],
+    finite: bool = True,
+) -> torch.Tensor:
+    """A tensor from a frame, if it is what it has to be.
+
+    Parameters
+    ----------
+    tensors
+        As `decode_frame` returns them.
+    dtype
+        The dtype, or those, allowed.
+    shape
+        The size of each dimension, None where any is right. A trailing ``-1`` stands for any further dimensions.
+    finite
+        Refuse NaN and infinity.
+
+    Raises
+    ------
+    BadPeerDataError
+    """
+    raw = tensors.get(name)
+    if raw is None:
+        raise BadPeerDataError(f"tensor {name!r} is missing")
+    allowed = [dtype] if isinstance(dtype, torch.dtype) else list(dtype)
+    if DTYPES[raw.spec.dtype] not in allowed:
+        names = " or ".join(DTYPE_NAMES[one] for one in allowed)
+        raise BadPeerDataError(f"tensor {name!r} is {raw.spec.dtype}, it must be {names}")
+    check_shape(name, raw.spec.shape, shape)
+    tensor = unpack(raw)
+    if finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise BadPeerDataError(f"tensor {name!r} has NaN or infinity in it")
+    return tensor
+
+
+def check_shape(name: str, actual: Sequence[int], wanted: Sequence[int | None]) -> None:
+    """`BadPeerDataError` unless the shape fits (see `take`)."""
+    wanted = list(wanted)
+    open_ended = bool(wanted) and wanted[-1] == -1
+    if open_ended:
+        wanted.pop()
+    fits = len(actual) >= len(wanted) if open_ended else len(actual) == len(wanted)
+    if not fits or any(size is not None and size != got for size, got in zip(wanted, actual, strict=False)):
+        text = ", ".join("any" if size is None else str(size) for size in wanted)
+        raise BadPeerDataError(
+            f"tensor {name!r} has shape {list(actual)}, it must have [{text}{', …' if open_ended else ''}]"
+        )

@@ -1,0 +1,165 @@
+"""What all sessions and requests of one server share: the span, its compute thread, limits, measurements."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from nbrunner.blocks.cache import SpanCache
+from nbrunner.blocks.lens import Lens
+from nbrunner.blocks.span import BlockSpan
+from nbrunner.protocol.limits import Limits
+from nbrunner.server.compute import ComputeThread, Done
+from nbrunner.server.inputs import Form
+from nbrunner.server.quotas import Quotas
+from nbrunner.server.traffic import Traffic
+
+if TYPE_CHECKING:
+    from nbrunner.swarm.node import Node
+
+_SMOOTHING = 0.2
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured on the loaded span.
+
+    Attributes
+    ----------
+    step_seconds
+        One token of one row through the whole span.
+    prefill_tokens_per_second
+        Through the whole span.
+    cache_bytes_fixed, cache_bytes_per_token
+        Cost of a row's caches: what does not grow (recurrent states), and each token.
+    """
+
+    step_seconds: float
+    prefill_tokens_per_second: float
+    cache_bytes_fixed: float
+    cache_bytes_per_token: float
+
+
+@dataclass
+class Host:
+    """Shared state of one server; used from the event loop.
+
+    Attributes
+    ----------
+    model, num_blocks
+        Uid of the checkpoint and blocks of the whole model.
+    lens
+        Final norm and head, where the server holds them.
+    queue_seconds
+        How long the last steps waited before they ran, smoothed.
+    """
+
+    node: Node
+    span: BlockSpan
+    model: str
+    num_blocks: int
+    compute: ComputeThread
+    limits: Limits
+    speed: Speed
+    lens: Lens | None = None
+    quotas: Quotas = field(init=False)
+    traffic: Traffic = field(default_factory=Traffic, init=False)
+    form: Form = field(init=False)
+    croppable: bool = field(init=False)
+    queue_seconds: float = field(default=0.0, init=False)
+    _decode_seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.quotas = Quotas(self.limits)
+        self.form = form_of(self.span, self.limits)
+        self.croppable = always_croppable(self.span)
+
+    @property
+    def peer_id(self) -> str:
+        return self.node.peer_id
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What a session over the whole span costs per token and row: caches and transcript."""
+        return self.speed.cache_bytes_per_token + self.form.token_bytes
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a decode step: as measured at the start, then as the last steps took."""
+        return self._decode_seconds or self.speed.step_seconds
+
+    def note_step(self, row_tokens: int, done: Done[None]) -> None:
+        """Learn from a finished part."""
+        self.queue_seconds += _SMOOTHING * (done.queue - self.queue_seconds)
+        if row_tokens == 1:
+            before = self._decode_seconds or done.compute
+            self._decode_seconds = before + _SMOOTHING * (done.compute - before)
+
+
+def form_of(span: BlockSpan, limits: Limits) -> Form:
+    """What hidden states of this span look like on the wire."""
+    return Form(span.dtype, tuple(span.hidden_shape), limits.session_tokens)
+
+
+def always_croppable(span: BlockSpan) -> bool:
+    """Whether a session's caches can drop any number of last tokens at any time.
+
+    Recurrent states and convolutions cannot. A sliding window has forgotten what left it, and what transformers
+    records to undo that is enough for one rollback only: such sessions are replayed by their client instead.
+    """
+    cache = span.new_cache()
+    if cache is None:
+        return False
+    return not any(
+        hasattr(layer, "record_past") or hasattr(layer, "is_recurrent_states_initialized") for layer in cache.layers
+    )
+
+
+def measure(span: BlockSpan, *, seconds: float = 0.4) -> Speed:
+    """Run the span a little, in the thread that will run it: also the first touch of its memory-mapped weights.
+
+    Stops when ``seconds`` are over, but always runs one prefill and one step.
+    """
+    if span.carry_at(span.start):
+        return Speed(0.0, 0.0, 0.0, _cache_bytes_by_config(span))  # only a real predecessor can make a carry
+    deadline = time.perf_counter() + seconds
+    tokens = 16
+    hidden = torch.zeros((1, tokens, *span.hidden_shape), dtype=span.dtype, device=span.device)
+    cache = span.new_cache()
+    prefills = [_timed(span, hidden, cache)]
+    steps = [_timed(span, hidden[:, :1], cache)]
+    per_token, fixed = _cache_bytes_by_config(span), 0.0
+    if cache is not None and time.perf_counter() < deadline:
+        # 16 tokens lie in buffers for 32, and 48 in buffers for 64; layers without spare room also grow by 32
+        cache = span.new_cache()
+        prefills.append(_timed(span, hidden, cache))
+        small = cache.nbytes() if cache is not None else 0
+        while cache is not None and cache.length < 3 * tokens and time.perf_counter() < deadline:
+            prefills.append(_timed(span, hidden, cache))
+        if cache is not None and cache.length == 3 * tokens:
+            per_token = (cache.nbytes() - small) / (2 * tokens)
+            fixed = max(0.0, small - 2 * tokens * per_token)
+    while len(steps) < 8 and time.perf_counter() < deadline:
+        steps.append(_timed(span, hidden[:, :1], cache))
+    return Speed(statistics.median(steps), tokens / min(prefills), fixed, per_token)
+
+
+def _timed(span: BlockSpan, hidden: torch.Tensor, cache: SpanCache | None) -> float:
+    began = time.perf_counter()
+    span.forward(hidden, cache=cache)
+    if span.device.type == "cuda":
+        torch.cuda.synchronize(span.device)
+    return time.perf_counter() - began
+
+
+def _cache_bytes_by_config(span: BlockSpan) -> float:
+    """Bytes of keys and values per token and row over the span, from the config."""
+    config = span.config
+    attention_heads = getattr(config, "num_attention_heads", None) or 1
+    heads = getattr(config, "num_key_value_heads", None) or attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // attention_heads
+    return float(2 * heads * width * span.dtype.itemsize * (span.end - span.start))

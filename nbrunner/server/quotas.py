@@ -1,0 +1,134 @@
+"""What one peer may use of this server, and how much is used: sessions, bytes of caches, tokens per second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+
+from nbrunner.errors import PeerRefusedError
+from nbrunner.protocol.credentials import Terms
+from nbrunner.protocol.limits import Limits
+
+BURST_SECONDS = 10.0
+"""A peer may use at once what its rate gives in this time: a prompt comes in one go, its answer token by token."""
+
+LONGEST_WAIT = 30.0
+"""A peer that is over its rate waits; one that would wait longer than this is refused."""
+
+RETRY_FULL = 5.0
+"""Seconds after which a peer that was refused for lack of room may ask again."""
+
+
+class TokenBucket:
+    """Tokens per second of one peer. It may overdraw once, and then waits until the debt is paid."""
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rate = rate
+        self._clock = clock
+        self._balance = rate * BURST_SECONDS
+        self._at = clock()
+
+    def wait_seconds(self) -> float:
+        """How long the next request must wait; 0 if it may go."""
+        self._refill()
+        return max(0.0, -self._balance / self.rate)
+
+    def spend(self, tokens: int) -> None:
+        self._refill()
+        self._balance -= tokens
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._balance = min(self.rate * BURST_SECONDS, self._balance + (now - self._at) * self.rate)
+        self._at = now
+
+
+class Quotas:
+    """Book-keeping over all peers and sessions of a server."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._bytes: dict[Hashable, int] = {}
+        self._sessions: dict[str, int] = {}
+        self._buckets: dict[tuple[str, float], TokenBucket] = {}
+
+    @property
+    def bytes_used(self) -> int:
+        return sum(self._bytes.values())
+
+    @property
+    def bytes_left(self) -> int:
+        return max(0, self.limits.cache_bytes - self.bytes_used)
+
+    @property
+    def sessions(self) -> int:
+        return sum(self._sessions.values())
+
+    def open_session(self, peer: str, terms: Terms, *, bytes_needed: int) -> None:
+        """Count a session of a peer; `PeerRefusedError` if it has too many, or there is no room for another."""
+        allowed = min(self.limits.sessions, terms.max_sessions or self.limits.sessions)
+        held = self._sessions.get(peer, 0)
+        if held >= allowed:
+            raise PeerRefusedError(
+                f"you have {held} sessions open here and may have {allowed}; close one first",
+                code="limit",
+                retry_after=RETRY_FULL,
+            )
+        if bytes_needed > self.bytes_left:
+            raise PeerRefusedError(
+                f"no room for another session now: {self.bytes_left} of {self.limits.cache_bytes} bytes are left",
+                code="full",
+                retry_after=RETRY_FULL,
+            )
+        self._sessions[peer] = held + 1
+
+    def close_session(self, peer: str) -> None:
+        held = self._sessions.get(peer, 0) - 1
+        if held > 0:
+            self._sessions[peer] = held
+        else:
+            self._sessions.pop(peer, None)
+
+    def set_bytes(self, holder: Hashable, used: int) -> None:
+        """What a holder (a session) has allocated, or is about to; 0 frees it."""
+        if used:
+            self._bytes[holder] = used
+        else:
+            self._bytes.pop(holder, None)
+
+    def room_for(self, holder: Hashable, wanted: int) -> bool:
+        """Whether a holder could have ``wanted`` bytes in all."""
+        return self.bytes_used - self._bytes.get(holder, 0) + wanted <= self.limits.cache_bytes
+
+    def wait_seconds(self, peer: str, terms: Terms) -> float:
+        """How long a peer must wait before its next tokens.
+
+        Raises
+        ------
+        PeerRefusedError
+            Longer than anybody would.
+        """
+        bucket = self._bucket(peer, terms)
+        seconds = bucket.wait_seconds() if bucket else 0.0
+        if seconds > LONGEST_WAIT:
+            raise PeerRefusedError(
+                f"over your {terms.tokens_per_second:g} tokens per second; try again in {seconds:.0f} s",
+                code="limit",
+                retry_after=seconds,
+            )
+        return seconds
+
+    def spend(self, peer: str, terms: Terms, tokens: int) -> None:
+        bucket = self._bucket(peer, terms)
+        if bucket:
+            bucket.spend(tokens)
+
+    def _bucket(self, peer: str, terms: Terms) -> TokenBucket | None:
+        if terms.tokens_per_second <= 0:
+            return None
+        key = (peer, terms.tokens_per_second)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = TokenBucket(terms.tokens_per_second, self._clock)
+        return bucket

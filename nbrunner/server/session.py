@@ -1,0 +1,340 @@
+"""One inference session on this server: its caches, its transcript, and the parts that go through them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from nbrunner.blocks.edits import Edits
+from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
+from nbrunner.protocol.credentials import Terms
+from nbrunner.protocol.frames import RawTensor
+from nbrunner.protocol.identity import short_peer
+from nbrunner.protocol.messages import (
+    CacheOp,
+    CloseSession,
+    Draining,
+    HopTiming,
+    OpenSession,
+    Ping,
+    Pong,
+    RefusalCode,
+    Relink,
+    Relinked,
+    SessionOpened,
+    Step,
+    StepFailed,
+)
+from nbrunner.server.compute import Done, Urgency
+from nbrunner.server.inputs import CARRY, sizes, take_inputs
+from nbrunner.server.outgoing import Outgoing
+from nbrunner.server.session_state import PartPlan, PartRefusedError, SessionState
+from nbrunner.server.transcript import Transcript
+from nbrunner.swarm.streams import Stream
+
+if TYPE_CHECKING:
+    from nbrunner.server.host import Host
+
+logger = logging.getLogger(__name__)
+
+DECODE_TOKENS = 16
+"""Parts of at most this many tokens × rows go before longer ones: somebody is waiting for each of them."""
+
+NO_CACHE = "this family of models keeps no caches, so it has no sessions: send whole sequences (use_cache=False)"
+
+
+class _SessionBrokenError(PeerRefusedError):
+    """The session cannot go on here."""
+
+
+@dataclass
+class _Arrived:
+    """A part that waits, where it came from (None: the client), and when."""
+
+    part: Step
+    tensors: Mapping[str, RawTensor]
+    source: str | None
+    at: float
+
+
+@dataclass
+class _Outcome:
+    """What the compute thread did of a plan. It fills this in as it goes: it may fail in between."""
+
+    applied: bool = False
+    computed: bool = False
+    captured: torch.Tensor | None = None
+    held_bytes: int = 0
+
+
+@dataclass(eq=False)
+class ServerSession:
+    """A session that a client has opened here; `run` serves it until its stream ends.
+
+    Everything but `_compute` runs in the event loop; `_compute` is the only thing that touches caches and
+    transcript, in the compute thread.
+    """
+
+    host: Host
+    stream: Stream
+    request: OpenSession
+    edits: Edits | None = None
+    state: SessionState = field(init=False)
+    attached: set[Stream] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        limits = self.host.limits
+        self.id = self.request.session
+        self.terms = self.stream.terms or Terms()
+        self.upstream = self.request.upstream
+        self.state = SessionState(
+            self.request.start,
+            self.request.end,
+            max_tokens=limits.session_tokens,
+            max_batch=limits.batch,
+            max_part=limits.part_tokens,
+        )
+        cache = self.host.span.new_cache(self.request.start, self.request.end)
+        if cache is None:
+            raise PeerRefusedError(NO_CACHE, code="model")
+        self._cache = cache
+        self._transcript = Transcript()
+        self._capacity = 0
+        self._captures: list[tuple[int, torch.Tensor]] = []
+        self._parts: asyncio.Queue[_Arrived] = asyncio.Queue()
+        self._busy = False
+        blocks = (self.request.start, self.request.end)
+        self._out = Outgoing(self.host.node, self.stream, self.id, blocks)
+        self._ended = False
+
+    # -- the client's stream -------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until the client closes the stream or the connection ends; then nothing of the session is left."""
+        worker = asyncio.create_task(self._work(), name=f"session-{self.id[:8]}")
+        reader = asyncio.create_task(self._read(), name=f"session-read-{self.id[:8]}")
+        try:
+            await self.stream.send(SessionOpened(self.id, self.host.croppable))
+            done, _ = await asyncio.wait({worker, reader}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._ended = True
+            for task in (worker, reader):
+                task.cancel()
+            await asyncio.gather(worker, reader, return_exceptions=True)
+            await self._out.close()
+            for stream in self.attached:
+                stream.close()
+            self._captures.clear()
+            self.host.quotas.set_bytes(self.id, 0)
+
+    async def _read(self) -> None:
+        while True:
+            message, tensors = await self.stream.receive()
+            if isinstance(message, Step):
+                self.accept(message, tensors, None)
+            elif isinstance(message, Ping):
+                busy = self._busy or not self._parts.empty()
+                await self.stream.send(Pong(message.nonce, self.state.step, self.state.length, busy))
+            elif isinstance(message, Relink):
+                self.upstream = message.upstream
+                for stream in [one for one in self.attached if one.peer != self.upstream]:
+                    stream.close()
+                await self.stream.send(Relinked())
+            elif isinstance(message, CloseSession):
+                return
+            else:
+                raise PeerRefusedError(
+                    f"{type(message).__name__} has no place in a session", code="schema", peer=self.stream.peer
+                )
+
+    def accept(self, part: Step, tensors: Mapping[str, RawTensor], source: str | None) -> None:
+        """Queue a part from the client (``source`` None) or from the upstream server."""
+        arrived = _Arrived(part, tensors, source, time.perf_counter())
+        if self._parts.qsize() >= self.host.limits.pending_parts:
+            self._fail(arrived, "limit", f"{self.host.limits.pending_parts} parts wait here already")
+        else:
+            self._parts.put_nowait(arrived)
+
+    async def announce_draining(self, seconds: float) -> None:
+        """Tell the client to move."""
+        await self.stream.send(Draining(seconds))
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            arrived = await self._parts.get()
+            self._busy = True
+            try:
+                await self._take_part(arrived)
+            except PartRefusedError as refusal:
+                self._fail(arrived, refusal.code, refusal.reason, refusal.peer)
+            except BadPeerDataError as error:
+                self._fail(arrived, "data", str(error), arrived.source)
+            except _SessionBrokenError:
+                raise
+            except PeerRefusedError as refusal:
+                self._fail(arrived, "limit", str(refusal))
+            finally:
+                self._busy = False
+
+    async def _take_part(self, arrived: _Arrived) -> None:
+        part = arrived.part
+        if arrived.source is not None and arrived.source != self.upstream:
+            return
+        me = part.route[0]
+        if (me.peer, me.session) != (self.host.peer_id, self.id):
+            raise PartRefusedError("session", f"a step for session {me.session} of peer {short_peer(me.peer)}")
+        batch, tokens = sizes(arrived.tensors)
+        plan = self.state.plan(part, tokens=tokens, batch=batch)
+        if plan is None:
+            return
+        if not self._cache.croppable and any(
+            op.kind == "crop" and 0 < op.count < self.state.length for op in plan.ops
+        ):
+            raise PartRefusedError("position", "these caches cannot be rolled back; reset them and send all again")
+        self._out.choose_link(part)
+        timing = HopTiming(self.host.peer_id, 0.0, 0.0, 0.0)
+        captured: list[tuple[int, torch.Tensor]] = []
+        if part.capture and plan.new_attempt and not plan.new_step:
+            captured += self._captures  # what an earlier attempt computed is not computed again
+        if plan.new_step:
+            self._captures.clear()
+        if plan.ops or plan.begin < plan.end:
+            outcome, done = await self._run_plan(arrived, plan)
+            timing = HopTiming(self.host.peer_id, done.queue, done.compute, time.perf_counter() - arrived.at)
+            if outcome.captured is not None:
+                self._captures.append((plan.begin, outcome.captured))
+                captured.append(self._captures[-1])
+        else:
+            self.state.applied(plan)
+        self.state.passed_on(plan)
+        held = self._transcript.window(plan.send_from, plan.send_to)
+        await self._out.pass_on(part, plan, held, arrived.tensors, timing, captured)
+
+    async def _run_plan(self, arrived: _Arrived, plan: PartPlan) -> tuple[_Outcome, Done[None]]:
+        host, peer, tokens = self.host, self.stream.peer, plan.end - plan.begin
+        wait = host.quotas.wait_seconds(peer, self.terms)
+        if wait:
+            await asyncio.sleep(wait)
+        host.quotas.spend(peer, self.terms, tokens * plan.batch)
+        self._reserve(plan, capture=arrived.part.capture)
+        outcome = _Outcome()
+        urgency = Urgency.DECODE if tokens * plan.batch <= DECODE_TOKENS else Urgency.PREFILL
+        try:
+            done = await host.compute.submit(lambda: self._compute(arrived, plan, outcome), urgency)
+        except BadPeerDataError:
+            raise  # found before anything was changed
+        except UserInputError as error:
+            if not outcome.applied:
+                raise await self._broken(arrived, error) from error
+            self.state.applied(plan)  # the span refused the tokens and left its caches alone
+            raise PartRefusedError("data", str(error)) from None
+        except Exception as error:
+            raise await self._broken(arrived, error) from error
+        self.state.applied(plan)
+        if outcome.computed:
+            self.state.computed(plan)
+            host.traffic.note(self.stream.peer, tokens, plan.batch)
+            if (self.state.start, self.state.end) == (host.span.start, host.span.end):
+                host.note_step(tokens * plan.batch, done)
+        host.quotas.set_bytes(self.id, outcome.held_bytes + self._captured_bytes())
+        return outcome, done
+
+    async def _broken(self, arrived: _Arrived, error: Exception) -> PeerRefusedError:
+        """Caches are filled in some layers and not in others: tell the client, which rebuilds them elsewhere."""
+        logger.error("session %s: a step failed", self.id[:8], exc_info=error)
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        code: RefusalCode = "full" if full else "internal"
+        reason = f"the step failed here: {type(error).__name__}: {str(error)[:500]}"
+        await self._out.tell_now(StepFailed(arrived.part.step, arrived.part.attempt, code, reason))
+        return _SessionBrokenError(reason, code=code)
+
+    def _reserve(self, plan: PartPlan, *, capture: bool) -> None:
+        """Count the bytes a part will need before they are allocated."""
+        grown = max(plan.end, 2 * self._capacity, 64)
+        capacity = grown if plan.end > self._capacity else self._capacity
+        share = (self.state.end - self.state.start) / (self.host.span.end - self.host.span.start)
+        per_token = self.host.speed.cache_bytes_per_token * share + self.host.form.token_bytes
+        wanted = int((self.host.speed.cache_bytes_fixed * share + per_token * capacity) * plan.batch)
+        if capture:
+            blocks = self.state.end - self.state.start
+            tokens = (plan.end - plan.begin) * plan.batch
+            wanted += self._captured_bytes() + blocks * tokens * self.host.form.token_bytes
+        if not self.host.quotas.room_for(self.id, wanted):
+            raise PartRefusedError(
+                "full",
+                f"no room for {plan.end} tokens × {plan.batch} rows: {self.host.quotas.bytes_left} bytes are left",
+            )
+        self._capacity = capacity
+        self.host.quotas.set_bytes(self.id, wanted)
+
+    def _captured_bytes(self) -> int:
+        return sum(states.numel() * states.element_size() for _, states in self._captures)
+
+    def _compute(self, arrived: _Arrived, plan: PartPlan, outcome: _Outcome) -> None:
+        """In the compute thread. Nothing is changed before everything received has been checked."""
+        if self._ended:
+            return
+        span, part = self.host.span, arrived.part
+        with torch.inference_mode():
+            inputs = None
+            if plan.begin < plan.end:
+                inputs = take_inputs(
+                    arrived.tensors,
+                    self.host.form,
+                    position=part.position,
+                    begin=plan.begin,
+                    positions_from=part.positions_from,
+                )
+            for op in plan.ops:
+                self._apply(op)
+            outcome.applied = True
+            if inputs is not None:
+                output = span.forward(
+                    inputs.hidden.to(span.device),
+                    cache=self._cache,
+                    attention_mask=None if inputs.mask is None else inputs.mask.to(span.device),
+                    position_ids=None if inputs.positions is None else inputs.positions.to(span.device),
+                    start=self.state.start,
+                    end=self.state.end,
+                    carry={index: tensor.to(span.device) for index, tensor in inputs.carry.items()} or None,
+                    collect=part.capture,
+                    edits=self.edits,
+                )
+                outputs = {"hidden": output.hidden.to(span.dtype)}
+                outputs.update({f"{CARRY}{index}": tensor for index, tensor in (output.carry or {}).items()})
+                self._transcript.append(outputs)
+                outcome.computed = True
+                if part.capture:
+                    outcome.captured = torch.stack([state.cpu() for state in output.collected or []])
+            outcome.held_bytes = self._cache.nbytes() + self._transcript.nbytes
+
+    def _apply(self, op: CacheOp) -> None:
+        length = self._transcript.length
+        self._transcript.apply(op)
+        if op.kind == "reset" or (op.kind == "crop" and not op.count):
+            self._cache.reset()
+        elif not length:
+            return
+        elif op.kind == "crop":
+            if op.count < length:
+                self._cache.crop(length - op.count)
+        elif op.kind == "select":
+            self._cache.select(op.rows)
+        else:
+            self._cache.repeat(op.count)
+
+    def _fail(self, arrived: _Arrived, code: RefusalCode, reason: str, peer: str | None = None) -> None:
+        part = arrived.part
+        self.state.fail(part)
+        logger.info("session %s: step %d refused (%s): %s", self.id[:8], part.step, code, reason)
+        self._out.tell(StepFailed(part.step, part.attempt, code, reason[:2000], peer))

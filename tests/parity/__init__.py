@@ -1,0 +1,1 @@
+"""Every decoder-only family of transformers, split in two, against the plain model: `python -m tests.parity`."""

@@ -1,0 +1,279 @@
+"""What a session is made of, part by part: transcript, quotas, compute thread, checked inputs, options."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
+from nbrunner.protocol.credentials import Terms
+from nbrunner.protocol.frames import RawTensor
+from nbrunner.protocol.limits import Limits
+from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.tensors import pack
+from nbrunner.server.compute import ComputeThread, Urgency
+from nbrunner.server.inputs import Form, sizes, take_inputs, windows
+from nbrunner.server.options import parse_blocks, parse_bytes
+from nbrunner.server.quotas import LONGEST_WAIT, Quotas, TokenBucket
+from nbrunner.server.transcript import Transcript
+
+FORM = Form(torch.float32, (4,), 100)
+
+
+# -- transcript --------------------------------------------------------------------------------------------------
+
+ops = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 40)),
+        st.tuples(st.just("crop"), st.integers(0, 60)),
+        st.tuples(st.just("select"), st.lists(st.integers(0, 1), min_size=1, max_size=3)),
+        st.tuples(st.just("repeat"), st.integers(1, 2)),
+        st.tuples(st.just("reset"), st.none()),
+    ),
+    max_size=12,
+)
+
+
+@given(ops)
+def test_a_transcript_is_what_plain_tensors_would_be(sequence: list[tuple[str, object]]) -> None:
+    transcript, plain, rows = Transcript(), torch.empty(2, 0, 3), 2
+    counter = 0
+    for kind, value in sequence:
+        if kind == "append":
+            assert isinstance(value, int)
+            counter += 1
+            if not plain.shape[1]:
+                plain = torch.empty(rows, 0, 3)
+            new = torch.full((plain.shape[0], value, 3), float(counter))
+            transcript.append({"hidden": new, "carry.1": new[..., 0].to(torch.int64)})
+            plain = torch.cat([plain, new], 1)
+            continue
+        if kind == "select":
+            assert isinstance(value, list)
+            chosen = [row % plain.shape[0] for row in value]
+            transcript.apply(CacheOp("select", rows=chosen))
+            plain = plain[chosen]
+        elif kind == "repeat":
+            assert isinstance(value, int)
+            if plain.shape[0] > 4:
+                continue
+            transcript.apply(CacheOp("repeat", value))
+            plain = plain.repeat_interleave(value, 0)
+        elif kind == "reset":
+            transcript.apply(CacheOp("reset"))
+            plain = plain[:, :0]
+        else:
+            assert isinstance(value, int)
+            transcript.apply(CacheOp("crop", value))
+            plain = plain[:, :value]
+    assert transcript.length == plain.shape[1]
+    if transcript.length:
+        held = transcript.window(0, transcript.length)
+        assert torch.equal(held["hidden"], plain)
+        assert torch.equal(held["carry.1"], plain[..., 0].to(torch.int64))
+        assert transcript.nbytes >= plain.numel() * 4
+
+
+def test_a_slice_stays_what_it_was_while_tokens_are_appended() -> None:
+    transcript = Transcript()
+    transcript.append({"hidden": torch.ones(1, 5, 2)})
+    held = transcript.window(0, 5)["hidden"]
+    for _ in range(100):
+        transcript.append({"hidden": torch.zeros(1, 1, 2)})
+    assert torch.equal(held, torch.ones(1, 5, 2))
+
+
+# -- quotas ------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_bucket_lets_a_prompt_through_and_then_the_rate() -> None:
+    now = [0.0]
+    bucket = TokenBucket(2.0, clock=lambda: now[0])
+    assert bucket.wait_seconds() == 0
+    bucket.spend(100)  # 20 were saved up
+    assert bucket.wait_seconds() == pytest.approx(40)
+    now[0] += 30
+    assert bucket.wait_seconds() == pytest.approx(10)
+    now[0] += 1000
+    bucket.spend(20)
+    assert bucket.wait_seconds() == 0
+    bucket.spend(2)
+    assert bucket.wait_seconds() == pytest.approx(1)
+
+
+def test_quotas_count_sessions_bytes_and_rates_by_peer() -> None:
+    now = [0.0]
+    quotas = Quotas(Limits(sessions=3, cache_bytes=1000), clock=lambda: now[0])
+    strict = Terms(max_sessions=1, tokens_per_second=1.0)
+    quotas.open_session("a", strict, bytes_needed=0)
+    with pytest.raises(PeerRefusedError, match="1 sessions") as refusal:
+        quotas.open_session("a", strict, bytes_needed=0)
+    assert refusal.value.code == "limit"
+    for _ in range(3):
+        quotas.open_session("b", Terms(max_sessions=9), bytes_needed=0)
+    with pytest.raises(PeerRefusedError, match="may have 3"):  # an invite cannot allow more than the server
+        quotas.open_session("b", Terms(max_sessions=9), bytes_needed=0)
+    assert quotas.sessions == 4
+    quotas.set_bytes("s", 900)
+    assert quotas.room_for("s", 1000)
+    assert not quotas.room_for("t", 101)
+    with pytest.raises(PeerRefusedError) as refusal:
+        quotas.open_session("c", Terms(), bytes_needed=101)
+    assert refusal.value.code == "full"
+    assert refusal.value.retry_after
+    quotas.set_bytes("s", 0)
+    quotas.close_session("a")
+    assert quotas.bytes_left == 1000
+    quotas.open_session("a", strict, bytes_needed=101)
+
+    assert quotas.wait_seconds("a", Terms()) == 0  # no rate in the terms: none is kept
+    quotas.spend("a", strict, 10 + int(LONGEST_WAIT) - 1)
+    assert 0 < quotas.wait_seconds("a", strict) <= LONGEST_WAIT
+    assert quotas.wait_seconds("b", strict) == 0
+    quotas.spend("a", strict, 5)
+    with pytest.raises(PeerRefusedError, match="tokens per second"):
+        quotas.wait_seconds("a", strict)
+
+
+# -- the compute thread ------------------------------------------------------------------------------------------
+
+
+def test_urgent_work_goes_first_and_each_kind_in_order() -> None:
+    thread, done = ComputeThread(), []
+    gate = threading.Event()
+
+    async def main() -> None:
+        first = asyncio.create_task(thread.submit(gate.wait, Urgency.STATELESS))
+        await asyncio.sleep(0)
+        kinds = [Urgency.STATELESS, Urgency.PREFILL, Urgency.DECODE, Urgency.PREFILL, Urgency.DECODE]
+        others = [
+            asyncio.create_task(thread.submit(lambda job=(kind, number): done.append(job), kind))
+            for number, kind in enumerate(kinds)
+        ]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(first, *others)
+
+    try:
+        asyncio.run(main())
+    finally:
+        thread.close()
+    assert done == sorted(done)
+    assert len(done) == 5
+
+
+def test_a_cancelled_job_does_not_run_and_errors_come_back() -> None:
+    thread, ran = ComputeThread(), []
+    gate = threading.Event()
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    async def main() -> None:
+        first = asyncio.create_task(thread.submit(gate.wait, Urgency.DECODE))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(thread.submit(lambda: ran.append(1), Urgency.DECODE))
+        await asyncio.sleep(0)
+        second.cancel()
+        gate.set()
+        await first
+        with pytest.raises(ValueError, match="no"):
+            await thread.submit(fail, Urgency.DECODE)
+        result = await thread.submit(lambda: 7, Urgency.DECODE)
+        assert (result.value, result.compute >= 0, result.queue >= 0) == (7, True, True)
+
+    try:
+        asyncio.run(main())
+    finally:
+        thread.close()
+    assert ran == []
+
+
+def test_closing_cancels_what_waits() -> None:
+    thread = ComputeThread()
+    begun, gate = threading.Event(), threading.Event()
+
+    def long() -> None:
+        begun.set()
+        gate.wait()
+
+    async def main() -> None:
+        first = asyncio.create_task(thread.submit(long, Urgency.DECODE))
+        await asyncio.to_thread(begun.wait)
+        second = asyncio.create_task(thread.submit(lambda: 1, Urgency.DECODE))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.05, gate.set)
+        await asyncio.to_thread(thread.close)
+        await first
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        with pytest.raises(RuntimeError, match="closed"):
+            await thread.submit(lambda: 1, Urgency.DECODE)
+
+    asyncio.run(main())
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------
+
+
+def frame(**tensors: torch.Tensor) -> Mapping[str, RawTensor]:
+    return {name.replace("__", "."): pack(name.replace("__", "."), tensor) for name, tensor in tensors.items()}
+
+
+def test_inputs_are_cut_to_the_tokens_that_are_wanted() -> None:
+    hidden = torch.arange(40.0).view(2, 5, 4)
+    positions = torch.arange(20).view(1, 20)
+    taken = take_inputs(
+        frame(
+            hidden=hidden, mask=torch.ones(2, 30, dtype=torch.bool), positions=positions, carry__1=hidden[:, :, :1]
+        ),
+        FORM,
+        position=10,
+        begin=12,
+        positions_from=3,
+    )
+    assert torch.equal(taken.hidden, hidden[:, 2:])
+    assert taken.mask is not None
+    assert taken.mask.shape == (2, 15)
+    assert taken.positions is not None
+    assert taken.positions.tolist() == [[9, 10, 11]]
+    assert torch.equal(taken.carry[1], hidden[:, 2:, :1])
+
+
+def test_a_frame_without_hidden_states_has_no_size() -> None:
+    for tensors in ({}, frame(hidden=torch.ones(2, 3))):
+        with pytest.raises(BadPeerDataError):
+            sizes(tensors)
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(-3, 20))
+def test_windows_cover_a_range_once(begin: int, length: int, size: int) -> None:
+    pieces = windows(begin, begin + length, size)
+    assert [at for a, b in pieces for at in range(a, b)] == list(range(begin, begin + length))
+    assert all(0 < b - a <= max(1, size) for a, b in pieces)
+
+
+# -- options -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_and_bytes_as_people_write_them() -> None:
+    assert parse_blocks(" 3 : 12 ") == (3, 12)
+    assert [parse_bytes(text) for text in ("512", "4GB", "1.5 GiB", "2k", "100 mb")] == [
+        512,
+        4 * 10**9,
+        3 * 2**29,
+        2000,
+        10**8,
+    ]
+    for text in ("3", "4:3", "3:3", "a:b", "-1:3", ""):
+        with pytest.raises(UserInputError):
+            parse_blocks(text)
+    for text in ("", "many", "4XB", "-1"):
+        with pytest.raises(UserInputError):
+            parse_bytes(text)
