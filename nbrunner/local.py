@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nbrunner.child import START_SECONDS, LocalServer, Spawner, serve_command, start_server
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.credentials import SwarmKey
-from nbrunner.server.options import check_model_path, parse_blocks
+from nbrunner.server.options import PARENTS_FOLDER, check_model_path, parse_blocks
 
 if TYPE_CHECKING:
     from nbrunner.local_threads import ThreadServer
@@ -206,8 +206,8 @@ class LocalSwarm:
         command = serve_command(
             self.model, "--blocks", f"{span[0]}:{span[1]}", "--listen", "/ip4/127.0.0.1/tcp/0", *self._options
         )
-        folder = {"TMPDIR": self._folder.name}
-        return start_server(self._spawner, command, span, threads=self._threads, environment=folder)
+        places = {"TMPDIR": self._folder.name, PARENTS_FOLDER: self._folder.name}
+        return start_server(self._spawner, command, span, threads=self._threads, environment=places)
 
     def _addresses(self) -> list[str]:
         return [address for server in self.servers if server.alive for address in server.addresses]

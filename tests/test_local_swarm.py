@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,16 @@ def test_in_this_process_it_generates_grows_and_leaves_nothing() -> None:
         finally:
             model.close()
     assert until(lambda: psutil.Process().children(recursive=True) == [])
+
+
+def test_a_script_that_closes_nothing_leaves_nothing() -> None:
+    """Most scripts and notebooks just end."""
+    code = (
+        "import nbrunner\n"
+        'swarm = nbrunner.LocalSwarm("tiny", 2)\n'
+        "model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(swarm.model, invite=swarm.invite)\n"
+    )
+    # not tmp_path: its name would be too long for sockets, which would then be put somewhere else
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, "TMPDIR": folder})
+        assert until(lambda: not list(Path(folder).glob("nbrunner-*"))), list(Path(folder).glob("nbrunner-*"))

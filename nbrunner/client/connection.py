@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.credentials import Invite
 from nbrunner.swarm.directory import Directory
+from nbrunner.swarm.loop import EngineLoop
 from nbrunner.swarm.node import Node
 
 _open: dict[tuple[int, bytes], SwarmConnection] = {}
-_opening: dict[int, asyncio.Lock] = {}
+_opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
 
 
 class SwarmConnection:
@@ -42,9 +44,9 @@ class SwarmConnection:
                 "or ask a friend for an invite."
             )
         parsed = invite if isinstance(invite, Invite) else Invite.parse(invite)
-        loop = id(asyncio.get_running_loop())
-        key = (loop, parsed.swarm)
-        async with _opening.setdefault(loop, asyncio.Lock()):
+        loop = asyncio.get_running_loop()
+        key = (id(loop), parsed.swarm)
+        async with _lock_of(loop):
             connection = _open.get(key)
             if connection is None or connection.node.closed:
                 node = await Node.create(invite=parsed, client_mode=True)
@@ -63,9 +65,31 @@ class SwarmConnection:
         self._users -= 1
         if self._users > 0:
             return
+        await self._close()
+
+    async def _close(self) -> None:
         for key, connection in list(_open.items()):
             if connection is self:
                 del _open[key]
         with contextlib.suppress(asyncio.CancelledError):
             await self.directory.close()
         await self.node.close()
+
+
+def _lock_of(loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
+    """One connection is opened at a time; and whatever is still open when the process ends is closed then.
+
+    Most scripts and notebooks end without closing their model: its daemon dies with the process, its files do not.
+    """
+    lock = _opening.get(loop)
+    if lock is None:
+        lock = _opening[loop] = asyncio.Lock()
+        engine = EngineLoop.of(loop)
+        if engine is not None:  # else whoever runs that loop closes what is on it
+            engine.on_close(lambda: _close_all(loop))
+    return lock
+
+
+async def _close_all(loop: asyncio.AbstractEventLoop) -> None:
+    still_open = [connection for (of, _), connection in _open.items() if of == id(loop)]
+    await asyncio.gather(*(connection._close() for connection in still_open))

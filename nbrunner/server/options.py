@@ -14,6 +14,9 @@ from nbrunner.protocol.limits import Limits
 
 DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 
+PARENTS_FOLDER = "NBRUNNER_PARENTS_FOLDER"
+"""Environment variable: a folder that the process that started this server made for its servers alone."""
+
 
 @dataclass(frozen=True)
 class ServerOptions:

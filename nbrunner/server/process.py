@@ -8,6 +8,7 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 from nbrunner.errors import ServerStartError, UserInputError
 from nbrunner.protocol.credentials import Invite, SwarmKey
 from nbrunner.protocol.identity import Identity
-from nbrunner.server.options import ServerOptions
+from nbrunner.server.options import PARENTS_FOLDER, ServerOptions
 from nbrunner.server.runner import BlockServer, Membership
 from nbrunner.server.status import status_of
 from nbrunner.swarm.node import Node
@@ -81,6 +82,7 @@ class Parent:
     def __init__(self, loop: asyncio.AbstractEventLoop, signals: Signals) -> None:
         self.membership: asyncio.Future[Membership] = loop.create_future()
         self.commands: asyncio.Queue[str] = asyncio.Queue()
+        self.gone = False
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
         threading.Thread(target=self._watch, args=(loop, signals), name="parent", daemon=True).start()
@@ -93,10 +95,17 @@ class Parent:
                 loop.call_soon_threadsafe(self._take, line)
                 while line := stdin.readline(_LONGEST_COMMAND).decode(errors="replace"):
                     loop.call_soon_threadsafe(self.commands.put_nowait, line.strip())
+        self.gone = True
         loop.call_soon_threadsafe(signals.leave.set)
         loop.call_soon_threadsafe(signals.hurry.set)
         time.sleep(ORPHAN_SECONDS)
+        self.remove_folder()
         os._exit(EXIT_OK)  # p2pd goes with us
+
+    def remove_folder(self) -> None:
+        """Remove the folder that the parent made for its servers: all of them are leaving with it."""
+        if PARENTS_FOLDER in os.environ:
+            shutil.rmtree(os.environ[PARENTS_FOLDER], ignore_errors=True)
 
     def _take(self, line: str) -> None:
         try:
@@ -215,6 +224,8 @@ def serve(
         finally:
             for helper in helpers:
                 helper.cancel()
+            if parent is not None and parent.gone:
+                parent.remove_folder()
 
     return run(main)
 

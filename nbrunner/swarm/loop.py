@@ -64,6 +64,12 @@ class EngineLoop:
         finally:
             self.loop.close()
 
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> EngineLoop | None:
+        """The engine whose loop this is; None if it is a loop of somebody else's."""
+        engine = cls._instance
+        return engine if engine is not None and engine.loop is loop else None
+
     def on_close(self, closer: Callable[[], Awaitable[object]]) -> None:
         """Have an async function called when the process ends, the last registered first."""
         self._closers.append(closer)
