@@ -17,8 +17,10 @@ from client_models import left_padded, prompt, save_plain, without_end
 from inprocess_swarm import ROOMY, InProcessSwarm, spoiled
 
 import nbrunner
+from nbrunner.client.path_model import twin_of
 from nbrunner.client.requests import row_groups
 from nbrunner.client.runner import Segment
+from nbrunner.client.watch import PassWatch, watching
 from nbrunner.errors import BadPeerDataError, MissingBlocksError, UserInputError
 from nbrunner.protocol.limits import Limits
 from nbrunner.swarm.loop import EngineLoop
@@ -82,6 +84,48 @@ def test_gradients(swarm: InProcessSwarm, model: Any, plain: Any) -> None:
     swarm.add(2, 4)
     swarm.seen_by(model)
     assert_same_gradient(gradient(model), plain)
+
+
+def test_who_did_what_is_noted_for_who_asks(swarm: InProcessSwarm, model: Any) -> None:
+    swarm.add(2, 4)
+    swarm.seen_by(model)
+    watch = PassWatch()
+    with watching(watch):
+        gradient(model)
+    gradient(model)  # of nobody's interest
+    one_way, peers = [(0, 2), (2, 4)], [server.node.peer_id for server in swarm.servers]
+    assert [(one.start, one.end, one.backward) for one in watch.passes] == [
+        *((*span, False) for span in one_way),
+        *((*span, True) for span in reversed(one_way)),
+    ]
+    assert [one.peer for one in watch.passes] == [*peers, *reversed(peers)]
+    states = ROWS * TOKENS * 64 * 4
+    for one in watch.passes:
+        assert 0 < one.compute_seconds < one.total_seconds
+        assert one.bytes_received == states
+        assert one.bytes_sent >= states * (2 if one.backward else 1)
+    assert sum(one.total_seconds for one in watch.passes) < watch.waited
+    taken = watch.take()
+    assert len(taken.passes) == 4
+    assert watch.passes == []
+    assert watch.waited == 0
+
+
+def test_a_twin_shares_weights_and_servers_and_nothing_else(swarm: InProcessSwarm, model: Any) -> None:
+    swarm.add(2, 4)
+    swarm.seen_by(model)
+    twin = twin_of(model)
+    assert twin.runner is model.runner
+    assert twin.get_input_embeddings() is not model.get_input_embeddings()
+    assert twin.get_input_embeddings().weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        torch.testing.assert_close(twin(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+    twin.config.use_cache = False
+    twin.lm_head = torch.nn.Linear(64, 3)
+    assert model.config.use_cache
+    with torch.no_grad():
+        assert model(IDS).logits.shape[-1] > 3
+        assert twin(IDS).logits.shape[-1] == 3
 
 
 def test_gradients_of_inner_hidden_states(swarm: InProcessSwarm, model: Any, plain: Any) -> None:

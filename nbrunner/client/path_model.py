@@ -25,18 +25,33 @@ def path_of(model: Any, path: Sequence[Any]) -> Any:
     return _around(model, inner, entries)
 
 
-def _around(model: Any, inner: BlockRunner, entries: tuple[Entry, ...]) -> Any:
-    """A model of its own that shares every weight, and whose layers run the path.
+def twin_of(model: Any) -> Any:
+    """The model once more: the same weights (not copies) and the same runner, in modules and a config of its own.
 
-    Copying the modules and not the tensors keeps whatever an architecture does around its layers, and the hooks of
-    its base are bound to the copy.
+    What is put into the twin's modules, an adapter for one, does not change the model. It lives no longer than the
+    model does: keep both.
     """
-    shared = [*model.parameters(), *model.buffers(), model.runner, model.nbrunner_checkpoint, model.config]
+    return _copy(model, share_config=False)
+
+
+def _copy(model: Any, *, share_config: bool) -> Any:
+    """Copying the modules and not the tensors keeps whatever an architecture does around its layers.
+
+    The hooks of its base are bound to the copy.
+    """
+    shared = [*model.parameters(), *model.buffers(), model.runner, model.nbrunner_checkpoint]
+    if share_config:
+        shared.append(model.config)
     if hasattr(model, "nbrunner_tokenizer"):
         shared.append(model.nbrunner_tokenizer)
     if model._layers.inserted is not None:  # the model is a path itself
         shared += model._layers.inserted.modules()
-    new = copy.deepcopy(model, {id(one): one for one in shared})
+    return copy.deepcopy(model, {id(one): one for one in shared})
+
+
+def _around(model: Any, inner: BlockRunner, entries: tuple[Entry, ...]) -> Any:
+    """A model of its own that shares every weight, and whose layers run the path."""
+    new = _copy(model, share_config=True)
     inserted = [one for one in entries if isinstance(one, nn.Module)]
     layers = new._layers
     layers.runner = PathRunner(inner, entries, next(new.nbrunner_skeleton.base.parameters()))

@@ -31,6 +31,7 @@ from nbrunner.client.measuring import (
 from nbrunner.client.request_streams import RequestStreams
 from nbrunner.client.runner import Carry, ForwardOutput, Pass, Segment, Tape
 from nbrunner.client.session import SessionOptions
+from nbrunner.client.watch import note_pass
 from nbrunner.errors import (
     BadPeerDataError,
     MissingBlocksError,
@@ -304,6 +305,7 @@ class BlockRequests:
         seconds = time.perf_counter() - began
         here = bool(asked and extras.request and extras.request.measure.needs_lens and not asked.needs_lens)
         done = Pass(peer, part.start, part.end, compute, seconds, sent, received, here)
+        note_pass(done)
         hidden, carry = (torch.cat(outputs), _join(carries)) if reply else (part.hidden[:0], {})
         found = [MeasuredPart(asked, join_rows(measured))] if asked else []
         return _Answer(hidden, carry, joined, found, done)
@@ -312,6 +314,7 @@ class BlockRequests:
         self, peer: str, limits: Limits, part: Segment, tape: Tape, grad: torch.Tensor, grad_carry: Carry
     ) -> tuple[torch.Tensor, Carry]:
         gradients, carries = [], []
+        began, compute, sent, received = time.perf_counter(), 0.0, 0, 0
         for rows in row_groups(part, limits, copies_in=2):
             ops, vectors = _edits(tape.edits, part, rows)
             request = Backward(self.model, part.start, part.end, ops)
@@ -319,12 +322,17 @@ class BlockRequests:
             tensors.append(pack("grad", grad[rows]))
             tensors += [pack(f"grad_carry.{index}", tensor[rows]) for index, tensor in grad_carry.items()]
             wanted = part.hidden[rows].shape
-            _, answer = await self._streams.ask(peer, request, tensors, BackwardResult)
+            result, answer = await self._streams.ask(peer, request, tensors, BackwardResult)
+            compute += result.timing.compute
+            sent += sum(tensor.spec.nbytes for tensor in tensors)
+            received += sum(tensor.spec.nbytes for tensor in answer.values())
             try:
                 gradients.append(take(answer, "grad", dtype=self.dtype, shape=list(wanted)))
                 carries.append(_take_carry(answer, "grad_carry.", wanted))
             except BadPeerDataError as error:
                 raise BadPeerDataError(f"peer {short_peer(peer)}: {error}", peer=peer) from None
+        seconds = time.perf_counter() - began
+        note_pass(Pass(peer, part.start, part.end, compute, seconds, sent, received, backward=True))
         return torch.cat(gradients), _join(carries)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,6 +12,9 @@ from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lens import Lens
 from nbrunner.protocol.measure import Measure
 from nbrunner.protocol.messages import CacheOp
+
+if TYPE_CHECKING:
+    from nbrunner.client.watch import PassWatch
 
 Carry = Mapping[int, torch.Tensor]
 """Extra outputs that some architectures hand from layer to layer, by their place in the layer's result."""
@@ -93,17 +96,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class Tape:
-    """A finished forward pass, as its backward pass needs it."""
+    """A finished forward pass, as its backward pass needs it. ``watch``: who is told of that one too."""
 
     segments: tuple[Segment, ...]
     mask: torch.Tensor | None
     positions: torch.Tensor | None
     edits: Edits | None = None
+    watch: PassWatch | None = None
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one server did of a forward pass.
+    """What one server did of a forward or backward pass.
 
     Attributes
     ----------
@@ -117,6 +121,8 @@ class Pass:
         Of tensors.
     measured_here
         Whether this process had to look through the lens, because that server has none.
+    backward
+        A backward pass.
     """
 
     peer: str
@@ -127,6 +133,7 @@ class Pass:
     bytes_sent: int
     bytes_received: int
     measured_here: bool = False
+    backward: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from nbrunner.client.requests import BlockRequests
 from nbrunner.client.runner import ForwardOutput, Tape
 from nbrunner.client.session import ChainSession, SessionOptions
 from nbrunner.client.travel import StepOutput
+from nbrunner.client.watch import current_watch, waiting
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.measure import Measure
 from nbrunner.protocol.messages import CacheOp
@@ -84,11 +85,15 @@ class SwarmRunner:
     ) -> ForwardOutput:
         """See `nbrunner.client.runner.BlockRunner.forward` and `BlockRequests.forward`."""
         if measure is None:
-            return self._engine.run(
-                self._requests.forward(
-                    hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits
+            watch = current_watch()
+            with waiting(watch):
+                output = self._engine.run(
+                    self._requests.forward(
+                        hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits
+                    )
                 )
-            )
+            # autograd runs the way back of a GPU's graph in a thread of its own, which has no context of ours
+            return replace(output, tape=replace(output.tape, watch=watch))
         if capture:
             raise UserInputError("states are captured or measured, not both: ask the measure for hidden")
         output, parts, request = self._engine.run(
@@ -106,7 +111,8 @@ class SwarmRunner:
 
     def backward(self, tape: Tape, grad: torch.Tensor | None, captured: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """See `nbrunner.client.runner.BlockRunner.backward`."""
-        return self._engine.run(self._requests.backward(tape, grad, captured))
+        with waiting(tape.watch):
+            return self._engine.run(self._requests.backward(tape, grad, captured))
 
     def release(self) -> None:
         """Close sessions and leave the swarm, without waiting for it."""
