@@ -195,6 +195,42 @@ def test_a_cancelled_job_does_not_run_and_errors_come_back() -> None:
     assert ran == []
 
 
+def test_brief_work_runs_here_unless_something_else_runs_or_waits() -> None:
+    thread, where = ComputeThread(), []
+    begun, gate = threading.Event(), threading.Event()
+
+    def note() -> None:
+        where.append(threading.current_thread())
+
+    def long() -> None:
+        begun.set()
+        gate.wait()
+
+    async def main() -> None:
+        await thread.submit(note, Urgency.DECODE, brief=True)
+        first = asyncio.create_task(thread.submit(long, Urgency.PREFILL))
+        await asyncio.to_thread(begun.wait)
+        second = asyncio.create_task(thread.submit(note, Urgency.DECODE, brief=True))
+        await asyncio.sleep(0)
+        assert len(where) == 1  # the event loop does not wait for what runs
+        gate.set()
+        await asyncio.gather(first, second)
+        with pytest.raises(ValueError, match="no"):
+            await thread.submit(_fail, Urgency.DECODE, brief=True)
+        await thread.submit(note, Urgency.DECODE, brief=True)
+
+    try:
+        asyncio.run(main())
+    finally:
+        thread.close()
+    here = threading.current_thread()
+    assert [one is here for one in where] == [True, False, True]
+
+
+def _fail() -> None:
+    raise ValueError("no")
+
+
 def test_closing_cancels_what_waits() -> None:
     thread = ComputeThread()
     begun, gate = threading.Event(), threading.Event()

@@ -383,7 +383,7 @@ class BlockSpan:
         found = self._pruned.found
         view = self._views.get((start, end))
         if view is None:
-            view = self._views[start, end] = nn.ModuleList(
+            view = self._views[start, end] = _View(
                 [
                     self._pruned.originals[index] if start <= index < end else self._skips[index]
                     for index in range(len(self._skips))
@@ -432,6 +432,15 @@ class BlockSpan:
             raise EndOfRun
 
         return hook
+
+
+class _View(nn.ModuleList):
+    """A list of layers of which outer models take all, as in ``layers[:n]``: no new list each time (0.05 ms of 8)."""
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
+            return self
+        return super().__getitem__(index)
 
 
 def _from_wire(value: Any, carry: Mapping[int, Tensor]) -> Any:

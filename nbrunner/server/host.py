@@ -21,6 +21,10 @@ from nbrunner.server.traffic import Traffic
 if TYPE_CHECKING:
     from nbrunner.swarm.node import Node
 
+BRIEF_SECONDS = 0.004
+"""Decode steps below this run in the event loop: handing one to the compute thread and back costs two wake-ups, and
+the thread wakes up on a core whose caches have forgotten it. Pings and other streams wait for so long at most."""
+
 _SMOOTHING = 0.2
 
 
@@ -91,6 +95,11 @@ class Host:
     def step_seconds(self) -> float:
         """Of a decode step: as measured at the start, then as the last steps took."""
         return self._decode_seconds or self.speed.step_seconds
+
+    @property
+    def step_is_brief(self) -> bool:
+        """Whether a decode step may be run in the event loop itself (see `BRIEF_SECONDS`)."""
+        return self.span.device.type == "cpu" and self.step_seconds < BRIEF_SECONDS
 
     def note_step(self, row_tokens: int, done: Done[None]) -> None:
         """Learn from a finished part."""

@@ -153,6 +153,7 @@ class BlockServer:
                 loaded = await self._in_thread(
                     lambda: _load_span(checkpoint, placement, blocks, lens=self.options.lens)
                 )
+            self._set_threads()  # here too: brief steps run in this thread
             await self._serve(checkpoint, placement, loaded)
         except BaseException:
             for task in (loading, joining):

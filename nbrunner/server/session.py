@@ -230,7 +230,8 @@ class ServerSession:
         outcome = _Outcome()
         urgency = Urgency.DECODE if tokens * plan.batch <= DECODE_TOKENS else Urgency.PREFILL
         try:
-            done = await host.compute.submit(lambda: self._compute(arrived, plan, outcome), urgency)
+            brief = urgency is Urgency.DECODE and host.step_is_brief
+            done = await host.compute.submit(lambda: self._compute(arrived, plan, outcome), urgency, brief=brief)
         except BadPeerDataError:
             raise  # found before anything was changed
         except UserInputError as error:
