@@ -435,7 +435,7 @@ class BlockSpan:
 
 
 class _View(nn.ModuleList):
-    """A list of layers of which outer models take all, as in ``layers[:n]``: no new list each time (0.05 ms of 8)."""
+    """A list of layers of which outer models take all, as in ``layers[:n]``: no new list for each (0.05 ms)."""
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
