@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from helpers import wait_until
+from helpers import ROOT, wait_until
 
+SCREENS = ROOT / "build" / "screens"
 _TOKEN = "test"
 _BROWSER_OPTIONS = [
     "--no-sandbox",  # browsers refuse to start for root without it, and CI runs as root
@@ -89,6 +91,8 @@ class Lab:
     ----------
     external : list of str
         Every address outside the server that a page asked for.
+    errors : list of str
+        What a page's console called an error, and what its scripts threw.
     """
 
     def __init__(self, server: LabServer, executable: str) -> None:
@@ -96,6 +100,7 @@ class Lab:
 
         self.server = server
         self.external: list[str] = []
+        self.errors: list[str] = []
         self._playwright = sync_playwright().start()
         self._browser = self._playwright.chromium.launch(executable_path=executable, args=_BROWSER_OPTIONS)
         self.page: Any = self._browser.new_page(viewport={"width": 1200, "height": 1000})
@@ -104,6 +109,13 @@ class Lab:
             "request",
             lambda request: self.external.append(request.url) if not request.url.startswith(own) else None,
         )
+        self.page.on("console", self._said)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _said(self, message: Any) -> None:
+        # Lab asks a kernel's debugger how it is, and a kernel that ends meanwhile does not answer
+        if message.type == "error" and not message.text.startswith("Could not restore the debugger state"):
+            self.errors.append(message.text)
 
     def close(self) -> None:
         self._browser.close()
@@ -113,6 +125,7 @@ class Lab:
         self.page.goto(f"{self.server.url}/lab/tree/{name}?reset&token={_TOKEN}")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         self._until(lambda: self.kernel_status() == "idle", 60, "the kernel is idle")
+        self.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")  # the notebook has the width then
 
     def kernel_status(self) -> str:
         return self.page.evaluate(
@@ -121,6 +134,34 @@ class Lab:
 
     def command(self, name: str) -> None:
         self.page.evaluate("name => { window.jupyterapp.commands.execute(name, {}); }", name)
+
+    def execute(self, code: str) -> None:
+        """Run code in the notebook's kernel, in no cell; it must not fail."""
+        script = """async code => {
+            const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+            const { content } = await kernel.requestExecute({ code, store_history: false }).done;
+            return content.status === "ok" ? "" : `${content.ename}: ${content.evalue}`;
+        }"""
+        assert self.page.evaluate(script, code) == "", code
+
+    def holds(self, expression: str) -> bool:
+        """Whether something is true in the notebook's kernel."""
+        script = """async held => {
+            const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+            const asked = { code: '', store_history: false, user_expressions: { held } };
+            const { content } = await kernel.requestExecute(asked).done;
+            return content.user_expressions.held.data?.['text/plain'] === 'True';
+        }"""
+        return bool(self.page.evaluate(script, f"bool({expression})"))
+
+    def run_cell(self, index: int) -> None:
+        """Run one code cell, as a user would; returns at once."""
+        script = """index => {
+            const notebook = window.jupyterapp.shell.currentWidget.content;
+            notebook.deselectAll(); notebook.activeCellIndex = index;
+            window.jupyterapp.commands.execute('notebook:run-cell', {});
+        }"""
+        self.page.evaluate(script, index)
 
     def run_all(self) -> None:
         self.command("notebook:run-all-cells")
@@ -156,11 +197,71 @@ class Lab:
     def shut_kernel_down(self) -> None:
         self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
 
+    def screens(self, name: str, *, cells: Sequence[int] = (), height: int = 1400) -> None:
+        """Pictures in ``build/screens``, light and dark, wide and narrow; of cells, or of the whole window."""
+        SCREENS.mkdir(parents=True, exist_ok=True)
+        for theme in ("light", "dark"):
+            self.theme(f"JupyterLab {theme.title()}")
+            for width in (1300, 700):
+                self.page.set_viewport_size({"width": width, "height": height})
+                self.page.wait_for_timeout(150)  # what is drawn for a width is drawn again
+                for index in cells:
+                    cell = self.page.query_selector_all(".jp-CodeCell")[index]
+                    cell.scroll_into_view_if_needed()
+                    (SCREENS / f"{name}-{index}-{theme}-{width}.png").write_bytes(cell.screenshot())
+                if not cells:
+                    (SCREENS / f"{name}-{theme}-{width}.png").write_bytes(self.page.screenshot())
+        self.theme("JupyterLab Light")
+        self.page.set_viewport_size({"width": 1200, "height": 1000})
+
+    def picture(self, name: str, what: Any) -> None:
+        """A picture of the README: in ``build/screens``, and where ``make images`` wants it."""
+        self.page.mouse.move(1, 1)
+        for folder in filter(None, (SCREENS, os.environ.get("NBRUNNER_IMAGES"))):
+            place = ROOT / folder
+            place.mkdir(parents=True, exist_ok=True)
+            what.screenshot(path=place / f"{name}.png")
+
+    def seen_again(self, name: str, look: Callable[[Any], None]) -> nbformat.NotebookNode:
+        """Save, close, and look again: with a fresh kernel, with none, and as a page that nbconvert makes.
+
+        ``look`` is given each page.
+        """
+        saved = self.save(name)
+        assert "vnd.jupyter.widget-view" not in str(saved.cells)
+        self.shut_kernel_down()
+        self.open(name)
+        look(self.page)
+        self.shut_kernel_down()
+        self._until(lambda: self.kernel_status() != "idle", 20, "the kernel is gone")
+        look(self.page)
+        assert "model not found" not in self.page.inner_text("body")
+        other = self._browser.new_page()
+        asked: list[str] = []
+        other.on("request", lambda request: asked.append(request.url))
+        path = self.server.root / f"{name}.html"
+        path.write_text(_converted(saved), "utf-8")
+        try:
+            other.goto(path.as_uri())
+            look(other)
+        finally:
+            other.close()
+        assert all(one.startswith(("file:", "data:", "blob:")) for one in asked), asked
+        assert self.external == []
+        return saved
+
     def _until(self, condition: Any, timeout: float, what: str) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"not within {timeout} s: {what}; {self.outputs()}"
             self.page.wait_for_timeout(50)  # time.sleep would keep playwright from hearing the page
+
+
+def _converted(notebook: nbformat.NotebookNode) -> str:
+    """What nbconvert makes of the cells, without the style of its page (which it takes from elsewhere)."""
+    from nbconvert import HTMLExporter
+
+    return HTMLExporter(template_name="basic").from_notebook_node(notebook)[0]
 
 
 def _is_whole(path: Path) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 from helpers import ROOT, wait_until
-from lab_driver import Lab, LabServer, write_notebook
+from lab_driver import SCREENS, Lab, LabServer, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.network, pytest.mark.timeout(300)]
 
-SCREENS = ROOT / "build" / "screens"
 SETUP = "%load_ext nbrunner\nimport sys\nsys.path.insert(0, {tests!r})"
 COMPARE = "%%explore\nThe capital of France is\n---\nThe capital of Spain is\n"
 BIG = """import numpy as np
@@ -34,23 +33,20 @@ def lab(tmp_path_factory, chromium):
 
 @pytest.fixture
 def book(lab):
-    """The notebook, run, and what the page's console said that was wrong."""
-    errors: list[str] = []
-    lab.page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    lab.page.on("pageerror", lambda error: errors.append(str(error)))
+    """The notebook, run."""
     write_notebook(lab.server.root / "look.ipynb", [SETUP.format(tests=str(ROOT / "tests")), COMPARE, BIG, ASK])
     lab.open("look.ipynb")
     try:
         lab.run_all()
         lab.wait_done(150)
         lab.page.wait_for_selector(f"{PAGE}[data-live=true]", timeout=15_000)
-        yield lab, errors
+        yield lab
     finally:
         lab.shut_kernel_down()
 
 
 def test_the_explorer_in_a_browser(book):
-    lab, errors = book
+    lab = book
     page = lab.page
     root = page.locator(PAGE).first
     status = root.locator(".nbx-status")
@@ -62,6 +58,12 @@ def test_the_explorer_in_a_browser(book):
             position={"x": x, "y": (row_from_top + 0.5) * box["height"] / rows}
         )
 
+    cell(0, 1, 5)
+    page.set_viewport_size({"width": 1200, "height": 1400})
+    page.wait_for_timeout(300)
+    lab.picture("explorer", root)
+    page.keyboard.press("Escape")
+    page.set_viewport_size({"width": 1200, "height": 1000})
     assert root.locator(".nbx-grid").count() == 3  # two prompts and their difference
     assert "differ at position 4" in root.locator(".nbx-note").inner_text()
     assert "blocks [0, " in root.locator(".nbx-servers span").first.get_attribute("title")
@@ -83,12 +85,25 @@ def test_the_explorer_in_a_browser(book):
     for name in ("entropy", "rank", "norm", "cos_last", "difference", "kl"):
         root.locator("select").select_option(name)
         assert root.locator(".nbx-grid").count() == 3
+    wait_until(lambda: lab.holds("explorer.state['statistic'] == 'kl'"), 10, what="Python knows the statistic")
     root.locator("select").select_option("probability")
     root.locator(".nbx-tools input").first.press_sequentially(" Paris")
     root.locator(".nbx-tools input").first.press("Enter")
     _wait(lab, lambda: "are measured" in status.inner_text(), root)
 
-    cell(1, 6, 4)  # patch: Spain's token at state 2, by keys
+    cell(1, 1, 5)  # patch by mouse: the last token near the end
+    root.locator(".nbx-runs > summary").click()
+    root.get_by_role("button", name="Source", exact=True).click()
+    cell(0, 1, 5)
+    root.get_by_role("button", name="Target", exact=True).click()
+    root.get_by_role("button", name="Run the patch").click()
+    page.wait_for_selector(".nbx-results table", timeout=20_000)
+    assert "Madrid" in root.locator(".nbx-results table").inner_text()
+    root.get_by_role("button", name="Back to the prompts").click()
+    assert root.locator(".nbx-results table").count() == 0
+    assert "differ at position 4" in root.locator(".nbx-note").inner_text()
+
+    cell(1, 6, 4)  # and by keys: Spain's token at state 2
     page.keyboard.press("s")
     cell(0, 6, 4)
     page.keyboard.press("t")
@@ -99,13 +114,22 @@ def test_the_explorer_in_a_browser(book):
     root.get_by_role("button", name="Continue the text").click()
     page.wait_for_selector(".nbx-steered", timeout=20_000)
     assert root.locator(".nbx-error").inner_text() == ""
-    assert "Edit.set(2, value, 4)" in root.locator(".nbx-runs pre").first.text_content()
+    codes = [one.text_content() for one in root.locator("pre").all()]  # each click's twin runs, and does the same
+    assert len(codes) == 3
+    for code in codes:
+        lab.execute(code)
+    assert "Edit.set(2, explorer.traces[1].state(2, 4), 4)" in codes[1]
+    lab.execute("assert after.token_text(after.top_ids[-1, -1, 0]) == ' Madrid'")
+    lab.execute("assert (after.top_ids == explorer.patched.top_ids).all()")
+    lab.execute("assert run.tokenizer.decode(out[0, len(run.ids):]) == explorer.state['steered']['steered']")
+
+    lab.execute("explorer.select(3, 2)")  # Python chooses, the page follows
+    _wait(lab, lambda: status.inner_text().startswith("layer 3, token 2"), root)
 
     root.locator(".nbx-grid").first.hover(position={"x": 20, "y": 20})
     assert "computed by" in root.locator(".nbx-tip").inner_text()
 
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.content.activeCellIndex = 3")
-    lab.command("notebook:run-cell")
+    lab.run_cell(3)
     wait_until(lambda: _asked(lab), 20, what="Python knows")
     outputs = lab.outputs()
     assert "'layer': 6, 'position': 4" in outputs[-1]
@@ -115,6 +139,7 @@ def test_the_explorer_in_a_browser(book):
     for theme in ("Light", "Dark"):
         lab.theme(f"JupyterLab {theme}")
         _take_pictures(page, theme.lower())
+    lab.theme("JupyterLab Light")
     big = page.locator(PAGE).nth(1)
     big.locator(".nbx-grid").click(position={"x": 30, "y": 30})
     print(
@@ -122,36 +147,33 @@ def test_the_explorer_in_a_browser(book):
         f"{big.get_attribute('data-started')} ms after its script began, "
         f"click to detail {big.get_attribute('data-detail')} ms"
     )
-    assert errors == []
-    assert lab.external == []
-
-    saved = lab.save("look.ipynb")
-    assert "vnd.jupyter.widget-view" not in str(saved.cells)
-    page.set_viewport_size({"width": 1300, "height": 1000})
-    lab.shut_kernel_down()
-    lab.open("look.ipynb")  # a fresh kernel
-    page.wait_for_selector(PAGE, timeout=30_000)
-    root = page.locator(PAGE).first
-    cell(0, 0, 5)
-    assert "Paris" in root.locator(".nbx-details .nbx-bars").inner_text()
-    assert "needs the kernel" in root.locator(".nbx-offline").text_content()
-    assert "model not found" not in page.inner_text("body")
-
-    other = page.context.browser.new_page()  # no kernel, no Lab: the notebook converted to a page
-    requests: list[str] = []
-    other.on("request", lambda request: requests.append(request.url))
-    (lab.server.root / "look.html").write_text(_converted(saved), "utf-8")
-    other.goto((lab.server.root / "look.html").as_uri())
-    other.wait_for_selector(PAGE, timeout=30_000)
-    assert "Paris" in other.locator(PAGE).first.locator(".nbx-details").inner_text()
+    lab.execute("explorer.to_html('again.html')")  # shown again it begins with what was chosen
+    other = page.context.browser.new_page()
+    other.goto((lab.server.root / "again.html").as_uri())
+    other.wait_for_selector(PAGE)
+    assert other.locator(".nbx-pin b").all_inner_texts().count("S") == 1
+    assert "Pinned: layer 3, token 2" in other.locator(".nbx-details h4").first.inner_text()
     other.close()
-    assert all(one.startswith(("file:", "data:", "blob:")) for one in requests)
+    assert lab.errors == []
     assert lab.external == []
+
+    def look(page):
+        page.set_viewport_size({"width": 1300, "height": 1000})
+        page.wait_for_selector(PAGE, timeout=30_000)
+        page.wait_for_timeout(300)  # the maps are drawn again for the new width
+        again = page.locator(PAGE).first
+        grid = again.locator(".nbx-grid").first
+        box = grid.bounding_box()
+        grid.click(position={"x": 5.5 * box["width"] / 6, "y": 0.5 * box["height"] / 9})
+        assert "Paris" in again.locator(".nbx-details .nbx-bars").inner_text()
+        assert "needs the kernel" in again.locator(".nbx-offline").text_content()
+
+    lab.seen_again("look.ipynb", look)
 
 
 def _take_pictures(page, name):
     for width in (1300, 700):
-        page.set_viewport_size({"width": width, "height": 1300})
+        page.set_viewport_size({"width": width, "height": 2600})  # all of it, without scrolling
         page.wait_for_timeout(150)  # the maps are drawn again for the new width
         for number, one in enumerate(page.query_selector_all(PAGE)):
             one.scroll_into_view_if_needed()
@@ -170,10 +192,3 @@ def _wait(lab, condition, root):
 def _asked(lab):
     lab.page.wait_for_timeout(50)
     return "patched True" in lab.outputs()[-1]
-
-
-def _converted(notebook):
-    """What nbconvert makes of the outputs, without the style of its page (which it takes from elsewhere)."""
-    from nbconvert import HTMLExporter
-
-    return HTMLExporter(template_name="basic").from_notebook_node(notebook)[0]

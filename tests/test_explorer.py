@@ -147,7 +147,7 @@ def test_a_big_trace_stays_under_its_budget():
     packed = pack(run)
     html = fragment([packed], key="k")
     print(f"explorer: buffer {len(packed.buffer) / 1000:.0f} kB, all {len(html) / 1000:.0f} kB, 128 × 65 × top-5")
-    assert len(packed.buffer) + len(json.dumps(packed.meta)) < 400_000
+    assert len(html) < 400_000  # with the script, the style and the table
     assert packed.meta["thinned"] == 0
     assert pack(made_up(65, 400)).meta["layers"][-1] == 64
     assert len(pack(made_up(65, 400)).buffer) < 400_000
@@ -159,7 +159,7 @@ def test_nothing_in_a_text_becomes_markup():
     run.tokens = [evil, evil]
     run.token_text = lambda token: evil
     run.hops = [SimpleNamespace(peer=evil, start=0, end=2, seconds=0.1)]
-    html = document([pack(run, title=evil)], key="'><b>", note=evil)
+    html = document([pack(run, title=evil)], key="'><b>", view={"note": evil, "name": evil})
     assert html.count("<script") == 1
     assert html.count("</script") == 1
     assert "<img" not in html
@@ -266,6 +266,31 @@ def test_two_prompts_of_another_length_have_no_difference(tiny):
     same = compared(*explore((FRANCE, SPAIN), tiny).traces)
     assert same.comparable
     assert "' France' / ' Spain'" in same.reason
+
+
+def test_two_runs_of_one_text_are_told_apart(tiny):
+    plain = tiny.trace(FRANCE)
+    other = tiny.trace(FRANCE, edits=[Edit.patch(2, 4, tiny.trace(SPAIN))])
+    explorer = explore([plain, other])
+    titles = [one.meta["title"] for one in explorer._packed]
+    assert titles == [f"run 1: {FRANCE}", f"run 2, 1 edit: {FRANCE}"]
+    assert explorer.note == ""
+    assert compared(plain, other).comparable
+
+
+def test_shown_again_it_begins_with_what_was_chosen(tiny, ip):
+    seen = explore(FRANCE, tiny)
+    for layer in (1, 2, 3, 4, 5, 6, 7, 3):
+        seen.select(layer, 2)
+    assert [one["layer"] for one in seen.selection] == [2, 4, 5, 6, 7, 3]
+    seen.handle({"action": "select", "pins": seen.selection[-2:], "source": seen.selection[0], "statistic": "kl"})
+    ip.user_ns["looked_at"] = seen
+    view = json.loads(re.search(r'startPage\("\w+", \[.*\], (\{.*\})\);</script>', seen.to_html())[1])
+    assert view["name"] == "looked_at"
+    assert view["pins"] == seen.selection == [{"trace": 0, "layer": one, "position": 2} for one in (7, 3)]
+    assert (view["source"]["layer"], view["target"], view["statistic"]) == (2, None, "kl")
+    assert seen.widget().view == view
+    seen.close()
 
 
 def test_a_trace_without_its_model_can_be_looked_at_only(tiny, tmp_path):

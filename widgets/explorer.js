@@ -10,18 +10,23 @@ function el(name, attributes = {}, ...children) { // text is only ever set as te
   node.append(...children.filter((one) => one != null));
   return node;
 }
+const MOST_PINS = 6;
+const BESIDE = 92; // pixels beside the cells of a map: numbers of layers, names of servers
+const same = (one, other) => one.index === other.index && one.row === other.row && one.column === other.column;
 const labelled = (words, control) => el("label", {}, el("span", {}, words), control);
 
 class ExplorerPage {
-  constructor(root, key, traces, note) {
+  constructor(root, key, traces, view) {
     this.root = root;
     root.dataset.lmSuppressShortcuts = "true"; // JupyterLab hears keys before the page does: R would make a raw cell
     this.began = performance.now();
     this.traces = traces;
-    this.note = note;
-    this.statistic = traces[0].arrays.probs ? "probability" : "rank";
+    this.note = view.note ?? "";
+    this.name = view.name || "explorer"; // the variable that holds it in Python
+    this.statistic = traces[0].arrays[STATISTICS[view.statistic]?.need] ? view.statistic : "probability";
     this.pair = ["", ""]; // texts of tokens A and B
-    this.pins = [];
+    this.pins = (view.pins ?? []).map((one) => this.found(one)).filter(Boolean);
+    this.source = this.found(view.source); this.target = this.found(view.target);
     this.changed = null;
     this.shown = traces.map((_, i) => i); // the runs on show: the prompts, or one of them and what a patch made of it
     this.originals = traces.length;
@@ -41,8 +46,8 @@ class ExplorerPage {
     this.details = el("div", { class: "nbx-details" });
     this.tip = el("div", { class: "nbx-tip", "aria-hidden": "true", hidden: true });
     const choices = Object.entries(STATISTICS).filter(([, one]) => this.traces[0].arrays[one.need]);
-    this.chooser = el("select", { onchange: () => { this.statistic = this.chooser.value; this.draw(); } },
-      ...choices.map(([name, one]) => el("option", { value: name }, one.label)));
+    this.chooser = el("select", { onchange: () => { this.statistic = this.chooser.value; this.draw(); this.tell(); } },
+      ...choices.map(([name, one]) => el("option", { value: name, selected: name === this.statistic }, one.label)));
     this.tokenInputs = [0, 1].map((i) => el("input", { size: 9, spellcheck: "false", placeholder: i ? "␣Rome" : "␣Paris",
       onchange: () => this.follow(), onkeydown: (event) => event.key === "Enter" && this.follow() }));
     this.legend = el("div", { class: "nbx-legend" });
@@ -116,8 +121,7 @@ class ExplorerPage {
 
   mapOf(view, i, ink) {
     const { trace } = view, { meta } = trace;
-    const room = (this.root.clientWidth || 800) / (this.drawn.length > 1 && this.root.clientWidth > 900 ? this.drawn.length : 1) - 90;
-    const size = { width: Math.max(9, Math.min(84, Math.floor(room / trace.columns))), height: trace.rows > 34 ? 9 : trace.rows > 20 ? 14 : 20 };
+    const size = { width: Math.max(9, Math.min(84, Math.floor(this.room(trace.columns) / trace.columns))), height: trace.rows > 34 ? 9 : trace.rows > 20 ? 14 : 20 };
     if (trace.columns <= 40) size.width = Math.max(size.width, 34);
     const canvas = el("canvas", { "aria-hidden": "true" });
     drawMap(canvas, { ...view, size, ink, changed: view.index >= this.originals ? this.changed : null });
@@ -157,6 +161,12 @@ class ExplorerPage {
     view.parts = { grid, focus, size };
     return el("figure", { class: "nbx-map" }, el("figcaption", {}, view.name, meta.thinned ? ` (${meta.thinned} layers between are left out)` : ""),
       el("div", { class: "nbx-scroll" }, layers, el("div", { class: "nbx-middle" }, grid, names), servers));
+  }
+
+  room(columns) { // pixels for the cells of one map; three or two stand in a row if a word fits into a cell then
+    const width = this.root.clientWidth || 800, each = (across) => (width - 20 * (across - 1)) / across - BESIDE;
+    if (this.drawn.length > 2 && each(3) / columns >= 62) return each(3);
+    return this.drawn.length > 1 && each(2) / columns >= 34 ? each(2) : each(1);
   }
 
   showLegend() {
@@ -257,8 +267,8 @@ class ExplorerPage {
   }
 
   pin() {
-    const cell = this.cell(), same = (one) => one.index === cell.index && one.row === cell.row && one.column === cell.column;
-    this.pins = [...this.pins.filter((one) => !same(one)), cell].slice(-6);
+    const cell = this.cell();
+    this.pins = [...this.pins.filter((one) => !same(one, cell)), cell].slice(-MOST_PINS);
     this.place(); this.showDetails();
     this.say(`Pinned: ${this.words(this.view, cell.row, cell.column)}`);
     this.tell();
@@ -284,12 +294,17 @@ class ExplorerPage {
 
   told(message) { // Python chose a cell
     if (message.action !== "select" || !message.cell) return;
-    const { trace: index, layer, position } = message.cell, trace = this.traces[index];
-    const row = trace?.meta.layers.indexOf(layer), column = trace?.meta.positions.indexOf(position);
-    if (!trace || row < 0 || column < 0) return;
-    this.cursor = { map: index, row, column };
-    this.pins = [...this.pins, this.cell()].slice(-6);
+    const cell = this.found(message.cell), map = this.drawn.findIndex((view) => view.index === cell?.index);
+    if (map < 0) return;
+    this.cursor = { map, row: cell.row, column: cell.column };
+    this.pins = [...this.pins.filter((one) => !same(one, cell)), cell].slice(-MOST_PINS);
     this.moved();
+  }
+
+  found(cell) { // a cell as Python names it; null if these runs do not show it
+    const { trace: index, layer, position } = cell ?? {}, meta = this.traces[index]?.meta;
+    const row = meta ? meta.layers.indexOf(layer) : -1, column = meta ? meta.positions.indexOf(position) : -1;
+    return row < 0 || column < 0 ? null : { index, row, column, layer, position };
   }
 
   // -- details ------------------------------------------------------------------------------------------------------
@@ -307,13 +322,15 @@ class ExplorerPage {
     const keys = el("ul", { class: "nbx-keys" }, ...lines.map((line, i) => {
       const stroke = STROKES[i], sample = svg("svg", { width: 30, height: 10, "aria-hidden": "true" },
         svg("line", { x1: 0, x2: 30, y1: 5, y2: 5, stroke: stroke.colour, "stroke-width": 2.5, "stroke-dasharray": stroke.dash }));
-      return el("li", {}, sample, line.name);
+      return el("li", {}, sample, line.values.some(Number.isFinite) ? line.name : `${line.name} (not among the best here)`);
     }));
     const where = `layer ${layer}, token ${meta.positions[column]} “${visible(meta.tokens[meta.positions[column]])}”`;
     this.details.replaceChildren(
       el("section", {}, el("h4", {}, `${this.pins.length ? "Pinned" : "Here"}: ${where}`), bars(of, row, column),
         el("small", {}, hop ? `computed by …${hop.peer.slice(-8)}, blocks [${hop.start}, ${hop.end})` : layer ? "" : "the embeddings, made here"),
-        this.code(`trace.top_probs[trace.layers.index(${layer}), ${column}]\ntrace.state(${layer}, ${meta.positions[column]})`, shownCell.index)),
+        this.code(`trace = ${this.run(shownCell.index)}\nplace = trace.layers.index(${layer}), trace.positions.index(${meta.positions[column]})\n`
+          + `best = [(trace.token_text(one), prob) for one, prob in zip(trace.top_ids[place], trace.top_probs[place])]\n`
+          + `state = trace.state(${layer}, ${meta.positions[column]})`)),
       el("section", {}, el("h4", {}, "Through the layers: probability"),
         curves(meta.layers, lines, { label: `probability of ${lines.map((one) => one.name).join(", ")} by layer`, low: 0, high: 1, marked: layer }), keys),
       of.arrays.norm ? el("section", {}, el("h4", {}, "Norm of the state"), curves(meta.layers,
@@ -322,9 +339,9 @@ class ExplorerPage {
     this.showCodes();
   }
 
-  code(words, index = 0) {
-    const name = this.traces.length > 1 ? `explorer.traces[${index}]` : "explorer.trace";
-    const plain = words.replaceAll(/\btrace\b(?=\.)/g, name);
+  run(index) { return this.traces.length > 1 ? `${this.name}.traces[${index}]` : `${this.name}.trace`; }
+
+  code(plain) {
     return el("details", { class: "nbx-code" }, el("summary", {}, "as code"), el("pre", {}, plain),
       el("button", { type: "button", onclick: async (event) => {
         try { await navigator.clipboard.writeText(plain); event.target.textContent = "Copied"; }
@@ -336,12 +353,15 @@ class ExplorerPage {
     const { source: s, target: t } = this, say = (cell) => cell ? `layer ${cell.layer}, token ${cell.position}${cell.index ? `, run ${cell.index + 1}` : ""}` : "none";
     this.sourceWords.textContent = say(s); this.targetWords.textContent = say(t);
     this.showLive(this.link?.live ?? false);
-    const state = (cell) => `explorer.traces[${cell.index}].state(${cell.layer}, ${cell.position})`;
-    this.patchCode.replaceChildren(...(s && t ? [this.code(`value = ${state(s)}\nedit = nbrunner.Edit.set(${t.layer}, value, ${t.position})\n`
-      + `after = explorer.model.trace(explorer.traces[${t.index}].ids, edits=[edit])`)] : []));
-    const direction = s ? `direction = ${state(s)}${t ? ` - ${state(t)}` : ""}\n` : "";
-    this.steerCode.replaceChildren(...(s ? [this.code(`${direction}edit = nbrunner.Edit.add(${s.layer}, direction, strength=${this.strength.value})\n`
-      + "explorer.model.generate(torch.tensor([explorer.traces[0].ids]), max_new_tokens=16, edits=[edit])")] : []));
+    const state = (cell) => `${this.run(cell.index)}.state(${cell.layer}, ${cell.position})`;
+    this.patchCode.replaceChildren(...(s && t ? [this.code(`import nbrunner\n\nbefore = ${this.run(t.index)}\n`
+      + `edit = nbrunner.Edit.set(${t.layer}, ${state(s)}, ${t.position})\n`
+      + `after = ${this.name}.model.trace(before.ids, edits=[*before.edits, edit], tokenizer=before.tokenizer)\n`
+      + "nbrunner.explore([before, after])")] : []));
+    this.steerCode.replaceChildren(...(s ? [this.code(`import nbrunner\nimport torch\n\nrun = ${this.run(s.index)}\n`
+      + `direction = ${state(s)}${t ? ` - ${state(t)}` : ""}\nedit = nbrunner.Edit.add(${s.layer}, direction, strength=${Number(this.strength.value).toFixed(1)})\n`
+      + `out = ${this.name}.model.generate(torch.tensor([run.ids]), max_new_tokens=16, do_sample=False, edits=[*run.edits, edit])\n`
+      + "run.tokenizer.decode(out[0, len(run.ids):])")] : []));
   }
 
   // -- new runs -----------------------------------------------------------------------------------------------------
@@ -353,7 +373,7 @@ class ExplorerPage {
     this.runSteer.disabled = this.busy || !(live && this.source);
   }
 
-  async run(content, what, show) {
+  async asked(content, what, show) {
     if (this.busy) return;
     this.busy = true; this.error.textContent = ""; this.say(`${what} …`); this.showLive(this.link.live);
     try { await show(await this.link.ask(content)); }
@@ -368,7 +388,7 @@ class ExplorerPage {
 
   patch() {
     if (!this.source || !this.target) { this.say("Choose a source (S) and a target (T) first"); return undefined; }
-    return this.run({ action: "patch", ...this.ends() }, "The patched run", (answer) => {
+    return this.asked({ action: "patch", ...this.ends() }, "The patched run", (answer) => {
       this.take(readTrace(answer.meta, bytesOf(answer.buffers[0])), answer);
       const [before, after] = this.shown.map((i) => this.traces[i]).map((trace) => trace.topOf(trace.rows - 1, trace.columns - 1));
       this.results.replaceChildren(el("p", {}, answer.words), el("button", { type: "button", onclick: () => this.back() }, "Back to the prompts"), el("table", {}, el("caption", {}, "What comes next"),
@@ -397,7 +417,7 @@ class ExplorerPage {
 
   steer() {
     if (!this.source) { this.say("Choose a source (S) first"); return undefined; }
-    return this.run({ action: "steer", ...this.ends(), strength: Number(this.strength.value) }, "The steered text", (answer) => {
+    return this.asked({ action: "steer", ...this.ends(), strength: Number(this.strength.value) }, "The steered text", (answer) => {
       this.results.replaceChildren(el("dl", {}, el("dt", {}, "without"), el("dd", {}, visible(answer.plain)),
         el("dt", {}, `steered, strength ${answer.strength}`), el("dd", { class: "nbx-steered" }, visible(answer.steered))));
       this.say(`Steered: ${answer.steered}`);
@@ -413,7 +433,7 @@ class ExplorerPage {
       && this.tokensOf(trace).filter((one) => one !== undefined).length === wanted.length);
     const show = () => { this.draw(); this.showDetails(); };
     if (measured || !this.link.live) { show(); return undefined; }
-    return this.run({ action: "follow", tokens: wanted }, "Measuring the tokens", (answer) => {
+    return this.asked({ action: "follow", tokens: wanted }, "Measuring the tokens", (answer) => {
       this.traces = answer.metas.map((meta, i) => readTrace(meta, bytesOf(answer.buffers[i])));
       show(); this.say("The tokens are measured at every cell");
     });
@@ -434,17 +454,17 @@ async function unpack(words) {
   return new Uint8Array(await new Response(new Blob([raw]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer());
 }
 
-async function startPage(key, data, note) {
+async function startPage(key, data, view) {
   const began = performance.now();
   const roots = [...document.querySelectorAll(`[data-nbx="${key}"]:not([data-ready])`)];
   for (const root of roots) root.dataset.ready = "";
   const traces = await Promise.all(data.map(async (one) => readTrace(one.meta, await unpack(one.data))));
-  for (const root of roots) show(root, key, traces, note);
+  for (const root of roots) show(root, key, traces, view);
   for (const root of roots) root.dataset.started = (performance.now() - began).toFixed(1);
 }
 
-function show(root, key, traces, note) {
-  const page = new ExplorerPage(root, key, traces, note);
+function show(root, key, traces, view) {
+  const page = new ExplorerPage(root, key, traces, view);
   let width = root.clientWidth;
   const seen = new ResizeObserver(() => {
     if (!root.isConnected || Math.abs(root.clientWidth - width) < 20) return;
@@ -465,7 +485,7 @@ function render({ model, el: place }) { // in front ends whose pages cannot see 
     traces.push(readTrace(meta, bytes.slice(meta.begin, meta.begin + meta.size)));
   }
   place.append(root);
-  return show(root, model.get("key"), traces, model.get("note"));
+  return show(root, model.get("key"), traces, model.get("view"));
 }
 
 export default { initialize, render };

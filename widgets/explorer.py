@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from nbrunner.client.trace import Trace
 
 
+MOST_PINS = 6
+
+
 class _Link(anywidget.AnyWidget):  # type: ignore[misc]
     """The kernel's side. With ``data`` it has a view too, for front ends whose outputs are pages of their own."""
 
     key = traitlets.Unicode().tag(sync=True)
     metas = traitlets.List().tag(sync=True)
     data = traitlets.Bytes(b"").tag(sync=True)
-    note = traitlets.Unicode("").tag(sync=True)
+    view = traitlets.Dict().tag(sync=True)
 
 
 class Explorer:
@@ -47,7 +50,8 @@ class Explorer:
     selection : list of dict
         The pinned cells: ``trace`` (which run), ``layer``, ``position``.
     state : dict
-        The rest of what was chosen in the page: ``source``, ``target``, ``statistic``.
+        The rest of what was chosen in the page: ``source``, ``target``, ``statistic``. Where the explorer is shown
+        again, it begins with these and with the selection.
     error : str
         Why the last new run did not work; empty if it did.
     """
@@ -55,7 +59,7 @@ class Explorer:
     def __init__(self, traces: Sequence[Trace], titles: Sequence[str] = ()) -> None:
         if not 1 <= len(traces) <= 2:
             raise UserInputError(f"one trace is shown, or two are compared; not {len(traces)}")
-        self._titles = [*titles] if titles else [_title(one) for one in traces]
+        self._titles = [*titles] if titles else _titles(traces)
         self._count = len(traces)
         self.traces = list(traces)
         self.selection: list[dict[str, int]] = []
@@ -97,7 +101,7 @@ class Explorer:
         self._open_link()
         bundle: dict[str, Any] = {
             "text/plain": repr(self),
-            "text/html": fragment(self._packed, key=self._key, note=self.note),
+            "text/html": fragment(self._packed, key=self._key, view=self._view()),
         }
         if _outputs_are_apart():
             bundle.update(self.widget()._repr_mimebundle_())
@@ -111,13 +115,13 @@ class Explorer:
         for one in self._packed:
             metas.append({**one.meta, "begin": offset, "size": len(one.buffer)})
             offset += len(one.buffer)
-        link.metas, link.note = metas, self.note
+        link.metas, link.view = metas, self._view()
         link.data = b"".join(one.buffer for one in self._packed)
         return link
 
     def to_html(self, path: str | Path | None = None) -> str:
         """A stand-alone page that needs nothing from elsewhere; written to ``path`` if one is given."""
-        page = document(self._packed, key=self._key, note=self.note)
+        page = document(self._packed, key=self._key, view=self._view())
         if path is not None:
             Path(path).write_text(page, "utf-8")
         return page
@@ -125,9 +129,15 @@ class Explorer:
     def select(self, layer: int, position: int, trace: int = 0) -> None:
         """Pin a cell, here and in the page."""
         cell = read_cell({"trace": trace, "layer": layer, "position": position}, self.traces)
-        self.selection.append(vars(cell).copy())
+        chosen = vars(cell).copy()
+        self.selection = [*(one for one in self.selection if one != chosen), chosen][-MOST_PINS:]
         if self._link is not None:
-            self._link.send({"action": "select", "cell": vars(cell), "seq": 0})
+            self._link.send({"action": "select", "cell": chosen, "seq": 0})
+
+    def _view(self) -> dict[str, Any]:
+        """What the page begins with."""
+        chosen = {name: self.state[name] for name in ("source", "target", "statistic")}
+        return {"note": self.note, "name": _variable_of(self), "pins": self.selection, **chosen}
 
     # -- new runs ------------------------------------------------------------------------------------------------
 
@@ -291,6 +301,30 @@ def explore(
 
 def _words(cell: Cell) -> str:
     return f"layer {cell.layer}, token {cell.position}"
+
+
+def _titles(traces: Sequence[Trace]) -> list[str]:
+    """Of each run its text; of two runs of one text also which is which."""
+    titles = [_title(one) for one in traces]
+    if len(set(titles)) == len(titles):
+        return titles
+    changes = [
+        f", {len(one.edits)} edit{'' if len(one.edits) == 1 else 's'}" if one.edits else "" for one in traces
+    ]
+    return [
+        f"run {number}{change}: {title}"
+        for number, (title, change) in enumerate(zip(titles, changes, strict=True), 1)
+    ]
+
+
+def _variable_of(explorer: Explorer) -> str:
+    """The notebook's name for it, so that the page can show code that runs; ``explorer`` if it has none."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    names = getattr(shell, "user_ns", {})
+    return next(
+        (name for name, value in list(names.items()) if value is explorer and not name.startswith("_")), "explorer"
+    )
 
 
 def _title(trace: Trace) -> str:

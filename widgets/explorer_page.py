@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbrunner.widgets.explorer_data import Packed, strided
@@ -14,7 +14,9 @@ from nbrunner.widgets.page import page, table, text
 _TABLE_ROWS, _TABLE_COLUMNS = 13, 12
 
 
-def fragment(packed: Sequence[Packed], *, key: str, note: str = "", plain: bool = True) -> str:
+def fragment(
+    packed: Sequence[Packed], *, key: str, view: Mapping[str, Any] | None = None, plain: bool = True
+) -> str:
     """HTML for a cell's output or a page's body.
 
     Parameters
@@ -23,8 +25,9 @@ def fragment(packed: Sequence[Packed], *, key: str, note: str = "", plain: bool 
         One trace, or two to compare.
     key
         Names the explorer; its script finds the kernel's side by it, where there is one.
-    note
-        A sentence to show, about the comparison.
+    view
+        What it begins with: ``note``, a sentence about the comparison; ``name`` of the variable that holds the
+        explorer; ``pins``, ``source``, ``target`` (cells) and ``statistic``.
     plain
         With the table for readers without scripts.
     """
@@ -34,18 +37,18 @@ def fragment(packed: Sequence[Packed], *, key: str, note: str = "", plain: bool 
         f"<style>{style()}</style><div class='nbx' data-nbx='{text(key)}'>"
         f"<div class='nbx-plain'>{page(tables)}</div></div>"
         f"<script type='module'>{script()}\n"
-        f"startPage({_literal(key)}, {_literal(data)}, {_literal(note)});</script>"
+        f"startPage({_literal(key)}, {_literal(data)}, {_literal(dict(view or {}))});</script>"
     )
 
 
-def document(packed: Sequence[Packed], *, key: str, note: str = "") -> str:
+def document(packed: Sequence[Packed], *, key: str, view: Mapping[str, Any] | None = None) -> str:
     """A whole page."""
     title = " / ".join(one.meta["title"] for one in packed) or "nbrunner explorer"
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{text(title)}</title><style>:root {{ color-scheme: light dark; }} body {{ margin: 16px; }}</style>"
-        f"</head><body>{fragment(packed, key=key, note=note)}</body></html>"
+        f"</head><body>{fragment(packed, key=key, view=view)}</body></html>"
     )
 
 

@@ -309,7 +309,8 @@ def _figures(server: MapServer) -> list[str]:
     """What is known of a server, each with its word."""
     speed, latency, queue, cache, adapters, version, reached = _values(server)
     parts = [f"{speed} tok/s", f"latency {latency}", f"queue {queue}", f"cache left {cache}"]
-    parts += [f"adapters {adapters}" if server.adapters else "no adapters", reached, f"version {version}"]
+    parts += [f"adapters {adapters}" if server.adapters else "no adapters", reached]
+    parts.append(f"v{version}" if server.version else "version –")  # short: all of it fits one line of the picture
     return [*parts, *([clip(tidy(server.trouble), 64)] if server.trouble else [])]
 
 
