@@ -24,6 +24,10 @@ try:
         "%%generate -n 12 -o out\\nThe capital of France is",
         "%%generate -n 40 --min-new-tokens 40 -b -o later\\nOnce upon a time",
         "%swarm status",
+        "%swarm map",
+        "%swarm map stop",
+        "%%explore -o seen\\nThe capital of France is\\n---\\nThe capital of Spain is",
+        "print(seen.patch((1, 2, 4), (0, 2, 4)).token_text(seen.patched.top_ids[-1, -1, 0]), 'patched')",
         "%host tiny --blocks 4:8 --threads 1 -o server",
         "server.wait_ready(60); server.pause(); server.resume(); server.drain()",
         "print(len((await later).tokens), server.state)",
@@ -73,3 +77,6 @@ def test_the_magics_run_there(tmp_path):
     assert "Paris" in ran.stdout
     assert "● online" in ran.stdout
     assert "40 ended" in ran.stdout
+    assert "route of the next request" in ran.stdout
+    assert "Explorer: 'The capital of France is' / 'The capital of Spain is'" in ran.stdout
+    assert " Madrid patched" in ran.stdout
