@@ -15,7 +15,7 @@ inputs := pyproject.toml constraints.txt
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo lab test test-all check bench clean
+.PHONY: help demo lab test test-all check bench notebooks images clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -41,6 +41,12 @@ check: $(VENV)/.check  ## ruff, mypy and the layers
 
 bench: $(VENV)/.test  ## the benchmarks beside plain transformers (BENCH=decode to choose)
 	@$(python) -m benchmarks $(BENCH)
+
+notebooks: $(VENV)/.lab  ## run the example notebooks and keep their outputs in them
+	$(python) examples/keep_outputs.py
+
+images: $(VENV)/.browser  ## take the pictures of the README anew, by the browser tests
+	NBRUNNER_IMAGES=docs/images $(python) -m pytest -m browser -q
 
 clean:  ## remove .venv, build/ and every cache
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

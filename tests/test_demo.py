@@ -100,11 +100,3 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path: Path) -> None:
     executed = nbformat.read(tmp_path / "quickstart.ipynb", as_version=4)
     assert not any(output.output_type == "error" for cell in executed.cells for output in cell.get("outputs", []))
     assert (tmp_path / "quickstart.html").exists()
-
-
-def test_the_demos_notebook_is_committed_without_outputs() -> None:
-    """Its outputs are what `make demo` is for; the others are read without being run."""
-    for path in [ROOT / "examples" / "quickstart.ipynb"]:
-        for cell in nbformat.read(path, as_version=4).cells:
-            assert not cell.get("outputs"), path
-            assert cell.get("execution_count") is None, path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import nbformat
 import pytest
 from helpers import ROOT
@@ -15,13 +17,6 @@ def shown(cell) -> str:
     return "\n".join(one.get("text", "") or one.get("data", {}).get("text/plain", "") for one in cell.outputs)
 
 
-def test_it_is_kept_without_outputs():
-    for cell in nbformat.read(QUICKSTART, as_version=4).cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
-
-
 @pytest.mark.network
 @pytest.mark.timeout(400)
 def test_it_runs_from_top_to_bottom(tmp_path):
@@ -29,7 +24,9 @@ def test_it_runs_from_top_to_bottom(tmp_path):
     client = NotebookClient(
         book, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
+    began = time.monotonic()
     client.execute()
+    assert time.monotonic() - began < 90
     cells = {cell.source: shown(cell) for cell in book.cells if cell.cell_type == "code"}
 
     def of(beginning: str) -> str:
@@ -46,6 +43,7 @@ def test_it_runs_from_top_to_bottom(tmp_path):
     assert "killed process" in killed
     assert "chain changed once" in of("-b -n 60")
     assert of("again.ids == result.ids") == "True"
+    assert "Explorer: 'The capital of France is', 9 layers × 6 tokens" in of("%explore")
     assert "Rome" in of("The capital of Italy")
     assert "Madrid" in of("The capital of Spain")
     assert "Brasilia" in of("What is the capital of Brazil")
