@@ -24,7 +24,7 @@ def lab(tmp_path, chromium):
 
 
 def press(lab: Lab, name: str, words: str) -> None:
-    lab.page.wait_for_selector(f"button:has-text('{name}'):not([disabled])", timeout=15_000).click()
+    lab.page.wait_for_selector(f"button:has-text('{name}'):not([disabled])", timeout=30_000).click()
     lab.page.wait_for_selector(f".nbr-host-state:has-text('{words}')", timeout=30_000)
 
 
@@ -46,7 +46,7 @@ def test_the_card_follows_its_buttons_work_and_it_stays(lab):
     assert lab.page.query_selector("button:has-text('Pause')").is_disabled()
     press(lab, "Resume", "● online")
     press(lab, "Drain", "ended")
-    lab.page.wait_for_selector("button:has-text('Stop')", state="detached", timeout=15_000)
+    lab.page.wait_for_selector("button:has-text('Stop')", state="detached", timeout=30_000)
     lab.page.screenshot(path=SCREENS / "host-ended.png")
 
     assert lab.errors == []

@@ -65,7 +65,7 @@ def test_the_map_changes_when_a_server_is_killed(book):
     assert "costs most" in lab.outputs()[GENERATE]
     moment = "() => document.querySelector('.nbr-map svg.nbp text[text-anchor=end]').textContent"
     first = lab.page.evaluate(moment)
-    lab.page.wait_for_function(f"first => ({moment})() !== first", arg=first, timeout=5_000)
+    lab.page.wait_for_function(f"first => ({moment})() !== first", arg=first, timeout=20_000)
     screenshots(lab, "map-live", (GENERATE, MAP))
     lab.page.set_viewport_size({"width": 1200, "height": 1400})
     lab.picture("map", lab.page.query_selector(".nbr-map-wide svg"))
@@ -73,7 +73,7 @@ def test_the_map_changes_when_a_server_is_killed(book):
 
     lab.run_cell(KILL)
     lab.page.wait_for_function(
-        "() => document.querySelector('.nbr-map svg.nbp')?.textContent.includes('✖ nobody [0, 4)')", timeout=15_000
+        "() => document.querySelector('.nbr-map svg.nbp')?.textContent.includes('✖ nobody [0, 4)')", timeout=30_000
     )
     lost = lab.page.inner_text(".nbr-map")
     assert "✖ unreachable" in lost
@@ -83,7 +83,7 @@ def test_the_map_changes_when_a_server_is_killed(book):
     screenshots(lab, "map-lost", (MAP,))
 
     lab.page.click("button:has-text('Stop')")
-    lab.page.wait_for_selector("text=%swarm map shows it live again", timeout=5_000)
+    lab.page.wait_for_selector("text=%swarm map shows it live again", timeout=20_000)
     lab.page.wait_for_selector(".jp-RenderedSVG img")
     assert lab.page.query_selector(".nbr-map") is None
     screenshots(lab, "map-frozen", (MAP,))
