@@ -18,7 +18,11 @@ class NBRunner(Configurable):
         "bundled 'tiny'.",
     ).tag(config=True)
     max_new_tokens = Int(64, min=1, help="At most so many new tokens, without -n.").tag(config=True)
-    temperature = Float(0.0, min=0.0, help="Without -t. 0 takes the most likely token each time.").tag(config=True)
+    temperature = Float(
+        0.0,
+        min=0.0,
+        help="Without -t. 0 takes the most likely token each time, but is 1 with --top-p or --top-k.",
+    ).tag(config=True)
     refresh = Float(
         0.1, min=0.02, help="Seconds between two updates of a growing text. Floods of updates lose messages."
     ).tag(config=True)

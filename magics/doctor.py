@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbrunner.errors import serve_command
 from nbrunner.magics.swarm_views import look, uncovered
 from nbrunner.protocol.identity import short_peer
 from nbrunner.swarm.view import ServerEntry, SwarmView
@@ -82,7 +83,31 @@ def _versions() -> Finding:
         except importlib.metadata.PackageNotFoundError:
             advice = f"pip install {package}, in the kernel's environment"
             return Finding("versions", "problem", f"{package} is not installed", advice)
+    wrong = _outside_ranges()
+    if wrong:
+        listed = ", ".join(f"{name} {has}, which is not {wants}" for name, has, wants in wrong)
+        needed = " ".join(f"'{name}{wants}'" for name, _, wants in wrong)
+        advice = f"pip install {needed}, in the kernel's environment; then restart the kernel"
+        return Finding("versions", "problem", f"installed is {listed}", advice)
     return Finding("versions", "ok", ", ".join(found))
+
+
+def _outside_ranges() -> list[tuple[str, str, str]]:
+    """What nbrunner needs and finds in another version: name, version, range."""
+    from packaging.requirements import Requirement  # transformers needs it too
+
+    wrong = []
+    for line in importlib.metadata.requires("nbrunner") or ():
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed == "missing" or not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append((requirement.name, installed, str(requirement.specifier)))
+    return wrong
 
 
 def _daemon(connection: SwarmConnection | None) -> Finding:
@@ -177,10 +202,8 @@ def _blocks(view: SwarmView) -> Iterable[Finding]:
             yield Finding(f"blocks of {model}", "ok", f"all {counts[model]} are served")
             continue
         start, end = missing[0]
-        name = model.partition("@")[0]
         listed = ", ".join(f"[{low}, {high})" for low, high in missing)
-        advice = f"nbrunner serve {name} --blocks {start}:{end} --invite INVITE"
-        yield Finding(f"blocks of {model}", "problem", f"nobody serves {listed}", advice)
+        yield Finding(f"blocks of {model}", "problem", f"nobody serves {listed}", serve_command(model, start, end))
     if not spans:
         advice = "nbrunner serve MODEL --invite INVITE, on a machine with room for it"
         yield Finding("blocks", "problem", "no server has announced itself", advice)

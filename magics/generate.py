@@ -86,10 +86,14 @@ def prompt_of(notebook: Notebook, cell: str, *, raw: bool, where: str) -> str:
 
 def sampling_of(notebook: Notebook, arguments: Any) -> dict[str, Any]:
     """The sampling options of a cell, with ``%config NBRunner`` where it says nothing."""
+    from nbrunner.client.sampling import temperature_unless_given
+
     config = notebook.config
     given, temperature = arguments.max_new_tokens, arguments.temperature
     if temperature is None:
-        temperature = 0.0 if arguments.beams > 1 else config.temperature
+        temperature = temperature_unless_given(
+            config.temperature, top_p=arguments.top_p, top_k=arguments.top_k, beams=arguments.beams
+        )
     return {
         "max_new_tokens": max(config.max_new_tokens, arguments.min_new_tokens) if given is None else given,
         "temperature": temperature,

@@ -25,7 +25,11 @@ SAMPLING = (
         "--min-new-tokens", type=int, default=0, metavar="N", help="the model may not end its text before N tokens"
     ),
     argument(
-        "-t", "--temperature", type=float, metavar="T", help="0 takes the most likely token each time (the default)"
+        "-t",
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0 takes the most likely token each time (the default, but 1 with --top-p or --top-k)",
     ),
     argument("--top-p", type=float, metavar="P", help="sample among the most likely tokens of total probability P"),
     argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens"),

@@ -211,23 +211,26 @@ class Notebook:
         known = self._models.get(name)
         if known is not None and known.model is value:
             return known
-        from transformers import AutoTokenizer
+        from nbrunner.client.tokenizers import load_tokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(value.config._name_or_path)
-        except (OSError, ValueError) as error:
-            raise UserInputError(f"no tokenizer was found for the model in {name!r}: {error}") from None
+        config = value.config
+        if not config._name_or_path:
+            raise UserInputError(f"the model in {name!r} was made in memory: no tokenizer is known for it.")
+        tokenizer = load_tokenizer(config._name_or_path, revision=getattr(config, "_commit_hash", None))
         self._models[name] = LoadedModel(name, value, tokenizer, owned=False)
         return self._models[name]
 
     def _from_swarm(self, name: str) -> LoadedModel:
-        from transformers import AutoTokenizer
-
         from nbrunner.client.auto import AutoDistributedModelForCausalLM
+        from nbrunner.client.tokenizers import load_tokenizer
 
         source, revision = self._source(name)
         model = AutoDistributedModelForCausalLM.from_pretrained(source, invite=self.invite, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        try:
+            tokenizer = load_tokenizer(source, revision=revision)
+        except NBRunnerError:
+            model.close()
+            raise
         return LoadedModel(name, model, tokenizer)
 
     def _source(self, name: str) -> tuple[str, str | None]:
@@ -240,6 +243,7 @@ class Notebook:
             return str(Path(str(nbrunner.tiny.__file__)).parent), None
         repository, _, revision = name.partition("@")
         if not revision:
+            self._check_served(name)
             return name, None
         if "/" in repository:
             return repository, revision
@@ -247,6 +251,15 @@ class Notebook:
             f"this swarm serves {name}, which its servers read from a directory: give your own copy of it with "
             "-m DIRECTORY (only embeddings, norm and head are read from it)."
         )
+
+    def _check_served(self, name: str) -> None:
+        """Refuse a hub's model that nobody here serves before the hub is asked for it, which takes a while."""
+        if self.connection is None or Path(name).expanduser().exists():
+            return  # the uid of a directory is known only when it has been read
+        view = self.connection.directory.view
+        served = {entry.record.model for entry in [*view.servers.values(), *view.failed.values()]}
+        if served and name not in {uid.partition("@")[0] for uid in served}:
+            raise UserInputError(f"this swarm serves {', '.join(sorted(served))}, not {name}: choose with -m.")
 
     @property
     def local_name(self) -> str:

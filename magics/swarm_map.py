@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from nbrunner.errors import NBRunnerError
-from nbrunner.magics.swarm_views import look, serve_command, uncovered
+from nbrunner.errors import NBRunnerError, serve_command
+from nbrunner.magics.swarm_views import look, uncovered
 from nbrunner.protocol.records import ServerRecord
 from nbrunner.swarm.routing import explain
 from nbrunner.swarm.view import ServerEntry, SwarmView

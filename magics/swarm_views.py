@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from nbrunner.client.svg import tidy
-from nbrunner.errors import PeerError
+from nbrunner.errors import PeerError, serve_command
 from nbrunner.protocol.identity import short_peer
 from nbrunner.swarm.routing import Explanation, HopCost
 from nbrunner.swarm.view import ServerEntry, SwarmView
@@ -119,12 +117,6 @@ def _hop(cost: HopCost, name: str) -> HopView:
     if cost.penalty:
         why += ", hardly any room left in its caches"
     return HopView(cost.hop.peer, cost.hop.start, cost.hop.end, name, why)
-
-
-def serve_command(model: str, start: int, end: int) -> str:
-    """What whoever holds an invite of role host types to fill a gap. Never with the invite: outputs are shared."""
-    name = shlex.quote(tidy(model.partition("@")[0]))  # strangers choose it, and people paste the command
-    return f"nbrunner serve {name} --blocks {start}:{end} --invite INVITE"
 
 
 def _advice(model: str, missing: list[tuple[int, int]]) -> str:

@@ -67,17 +67,30 @@ def _common(
         Path | None,
         typer.Option(
             "--config",
-            help="TOML file with a table for each command and its options as keys; what is given on the command "
-            f"line wins. Default: {platformdirs.user_config_path('nbrunner') / 'config.toml'}, if it exists.",
+            help="TOML file with a table for each command and its long options, without the dashes in front, as "
+            "keys; what is given on the command line wins. Default: "
+            f"{platformdirs.user_config_path('nbrunner') / 'config.toml'}, if it exists.",
         ),
     ] = None,
 ) -> None:
     default = platformdirs.user_config_path("nbrunner") / "config.toml"
     path = config or (default if default.exists() else None)
     if path is not None:
-        commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
-        names = {name: {str(one.name) for one in command.params} for name, command in commands.items()}
-        context.default_map = read_config(path, names)
+        context.default_map = read_config(path, config_keys())
+
+
+def config_keys() -> dict[str, dict[str, str]]:
+    """Of each command: what may stand in its table of the config file → the parameter that takes it."""
+    commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    return {
+        name: {
+            option.removeprefix("--"): str(one.name)
+            for one in command.params
+            for option in getattr(one, "opts", ())
+            if option.startswith("--") and not getattr(one, "hidden", False)
+        }
+        for name, command in commands.items()
+    }
 
 
 @app.command()
@@ -151,6 +164,11 @@ def serve(
     cache_bytes = parse_bytes(cache_memory) if cache_memory is not None else None
     key_file, joined = None, None
     if not managed:
+        if invite and (new_swarm or swarm_key is not None):
+            raise UserInputError(
+                "an invite (--invite, or NBRUNNER_INVITE) joins a swarm, --new-swarm and --swarm-key run one of "
+                "your own: use one of them"
+            )
         joined = read_invite(invite, peers, needed=not new_swarm and swarm_key is None)
         addresses = listen_addresses(host, port, listen)
         if joined is None:
@@ -167,7 +185,7 @@ def serve(
         lens=lens,
         max_memory=parse_bytes(max_memory) if max_memory is not None else None,
         run_seconds=parse_seconds(run_for) if run_for is not None else None,
-        invite=joined if key_file is None else key_file.way_back(),
+        invite=joined if key_file is None else key_file.way_back(peers),
         swarm_key=None if key_file is None else key_file.key,
         identity=me,
         revision=revision,
@@ -342,14 +360,29 @@ def generate(
     model: Annotated[str, typer.Option("--model", "-m", help="Directory, hub id, or 'tiny'.")] = "tiny",
     invite: InviteOption = None,
     peers: PeersOption = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="At most so many new tokens.")
+    ] = 64,
     temperature: Annotated[
-        float, typer.Option("--temperature", "-t", min=0, help="0: always the likeliest.")
-    ] = 0.0,
-    top_p: Annotated[float | None, typer.Option("--top-p", min=0, max=1)] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1)] = None,
+        float | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            min=0,
+            help="0: always the likeliest. Default: 0, but 1 with --top-p or --top-k.",
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p", min=0, max=1, help="Sample among the likeliest tokens of so much probability together."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Sample among so many of the likeliest tokens.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="For sampling.")] = None,
-    beams: Annotated[int, typer.Option("--beams", min=1)] = 1,
+    beams: Annotated[int, typer.Option("--beams", min=1, help="Beam search over so many texts.")] = 1,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
     log_level: LogLevelOption = "warning",
     json_lines: JsonOption = False,
@@ -364,9 +397,12 @@ def generate(
     warnings.filterwarnings("ignore", category=FutureWarning)
     gc.disable()  # as in _run_server
     from nbrunner.cli_generate import generate as run
+    from nbrunner.client.sampling import temperature_unless_given
 
     gc.freeze()
     gc.enable()
+    if temperature is None:
+        temperature = temperature_unless_given(0.0, top_p=top_p, top_k=top_k, beams=beams)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "beams": beams}
     with _interruptible():
         receipt = run(
@@ -413,7 +449,9 @@ def main() -> None:
     try:
         app(prog_name="nbrunner")
     except NBRunnerError as error:
-        typer.echo(f"nbrunner: {error}", err=True)
+        # part of it may be what another peer said: nothing in it may steer the terminal
+        text = "".join(one for one in str(error) if one.isprintable() or one == "\n")
+        typer.echo(f"nbrunner: {text}", err=True)
         sys.exit(exit_code(error))
 
 

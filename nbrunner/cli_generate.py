@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from nbrunner import tiny
+from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.client.auto import AutoDistributedModelForCausalLM
 from nbrunner.client.generation import start_generation
+from nbrunner.client.tokenizers import load_tokenizer
 from nbrunner.local import LocalSwarm
 from nbrunner.protocol.credentials import Invite
 
@@ -40,8 +40,8 @@ def generate(
     ------
     UserInputError, MissingBlocksError, PeerError
     """
-    where = str(tiny.path()) if model == "tiny" else model
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+    resolve_checkpoint(model, revision=revision)  # whether it is one is told before anything is started
+    tokenizer = load_tokenizer(tiny.path() if model == "tiny" else model, revision=revision)
     with _swarm(model, invite) as used:
         loaded = AutoDistributedModelForCausalLM.from_pretrained(model, invite=used, revision=revision)
         with contextlib.closing(loaded):

@@ -8,7 +8,7 @@ import logging
 import socket
 import sys
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,37 +29,47 @@ PeersOption = Annotated[
     list[str] | None,
     typer.Option(
         "--peers",
-        help="Multiaddress of a peer, instead of those inside the invite (which says who may join; an address "
-        "does not). May be repeated.",
+        help="Multiaddress of a peer, instead of those inside the invite; may be repeated. An address does not say "
+        "who may join: without an invite, the key of the swarm that you created on this machine does.",
     ),
 ]
 SwarmKeyOption = Annotated[
     Path | None,
     typer.Option(
         "--swarm-key",
-        help="File with the key of a swarm you created; made if missing. Default: the one kept for --new-swarm.",
+        help="File with the key of a swarm you created, instead of the one kept on this machine. serve --new-swarm "
+        "and bootstrap make it if it is missing.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs on standard output.")]
 LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 NameOption = Annotated[str, typer.Option("--name", help="Shown to others in tables.")]
 IdentityOption = Annotated[
-    Path | None, typer.Option("--identity", help="File with this peer's key, made if missing. Default: a new one.")
+    Path | None,
+    typer.Option(
+        "--identity",
+        help="File with this peer's key, made if missing. Default: a new one, and one that is kept for the first "
+        "server of a swarm you created and for bootstrap.",
+    ),
 ]
 PortOption = Annotated[
     int, typer.Option("--port", min=0, max=65535, help="TCP port to listen on; 0: any free one.")
 ]
 HostOption = Annotated[str, typer.Option("--host", help="IP address to listen on; 127.0.0.1: this machine only.")]
 ListenOption = Annotated[
-    list[str] | None, typer.Option("--listen", help="Multiaddress to listen on, instead of --host and --port.")
+    list[str] | None,
+    typer.Option("--listen", help="Multiaddress to listen on, instead of --host and --port; may be repeated."),
 ]
 AnnounceOption = Annotated[
     list[str] | None,
-    typer.Option("--announce", help="Multiaddress told to others, if they must reach this machine by another."),
+    typer.Option(
+        "--announce",
+        help="Multiaddress told to others, if they must reach this machine by another; may be repeated.",
+    ),
 ]
 
 
-def read_config(path: Path, options: Mapping[str, Collection[str]]) -> dict[str, dict[str, Any]]:
+def read_config(path: Path, options: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
     """Defaults for each command from a TOML file.
 
     Parameters
@@ -67,7 +77,7 @@ def read_config(path: Path, options: Mapping[str, Collection[str]]) -> dict[str,
     path
         Of the file.
     options
-        Names of the options of each command.
+        Of each command: an option as it is typed, without its dashes in front → the parameter that takes it.
 
     Raises
     ------
@@ -84,16 +94,17 @@ def read_config(path: Path, options: Mapping[str, Collection[str]]) -> dict[str,
     for command, values in tables.items():
         if command not in options or not isinstance(values, dict):
             raise UserInputError(f"{path}: no command {command!r}; there are {', '.join(sorted(options))}")
-        renamed = {key.replace("-", "_"): value for key, value in values.items()}
-        unknown = sorted(set(renamed) - set(options[command]))
+        known = options[command]
+        typed = {key.replace("_", "-"): value for key, value in values.items()}
+        unknown = sorted(set(typed) - set(known))
         if unknown:
             raise UserInputError(f"{path}: {command} has no option {unknown[0]!r}")
-        found[command] = renamed
+        found[command] = {known[key]: value for key, value in typed.items()}
     return found
 
 
 def read_invite(text: str | None, peers: list[str] | None, *, needed: bool) -> Invite | None:
-    """The invite that was passed, or in the file that was named.
+    """The invite that was passed, or in the file that was named; with addresses alone, one for the swarm's creator.
 
     Raises
     ------
@@ -101,11 +112,19 @@ def read_invite(text: str | None, peers: list[str] | None, *, needed: bool) -> I
         It cannot be used, or there is none and one is needed.
     """
     if not text:
-        if needed:
+        if not needed:
+            return None
+        if peers and default_swarm_key().exists():
+            return SwarmKeyFile(default_swarm_key()).key.invite(peers, role="host")
+        if peers:
             raise UserInputError(
-                f"no swarm to join: pass --invite (or set {INVITE_VARIABLE}), or begin one with --new-swarm"
+                "--peers says where the swarm is, not that you may join it: pass --invite too. Whoever created the "
+                "swarm can make one with: nbrunner invite"
             )
-        return None
+        raise UserInputError(
+            f"no swarm to join: pass --invite (or set {INVITE_VARIABLE}), or begin one: "
+            "nbrunner serve MODEL --new-swarm"
+        )
     if not text.strip().startswith("nbr1-") and len(text) < 500 and Path(text).expanduser().is_file():
         text = Path(text).expanduser().read_text()
     invite = Invite.parse(text)
@@ -157,9 +176,10 @@ class SwarmKeyFile:
             return None
         return identity
 
-    def way_back(self) -> Invite | None:
-        """An invite for ourselves, if anybody of the swarm was known last time."""
-        return self.key.invite(self.addresses, role="host") if self.addresses else None
+    def way_back(self, peers: list[str] | None = None) -> Invite | None:
+        """An invite for ourselves to these peers, else to those of last time, if there were any."""
+        known = peers or self.addresses
+        return self.key.invite(known, role="host") if known else None
 
 
 def default_swarm_key() -> Path:

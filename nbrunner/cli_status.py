@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from nbrunner.client.svg import tidy
+from nbrunner.errors import serve_command
 from nbrunner.protocol.credentials import Invite
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.records import ServerRecord
@@ -90,13 +92,16 @@ def show(view: SwarmView) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    def plain(given: str) -> str:  # others chose it: neither rich's markup nor codes that steer the terminal
+        return escape(tidy(given))
+
     console = Console()
     models = sorted({entry.record.model for entry in view.servers.values()})
     if not models:
         console.print("Nobody serves anything in this swarm. To: nbrunner serve MODEL --invite INVITE")
     missing = gaps(entry.record for entry in view.servers.values())
     for model in models:
-        table = Table(title=escape(model), title_justify="left", box=None, pad_edge=False)
+        table = Table(title=plain(model), title_justify="left", box=None, pad_edge=False)
         for name in _COLUMNS:
             table.add_column(name, no_wrap=True)
         for peer, entry in _sorted(view):
@@ -104,7 +109,7 @@ def show(view: SwarmView) -> None:
             if record.model != model:
                 continue
             table.add_row(
-                escape(f"{short_peer(peer)} {record.name}".strip()),
+                plain(f"{short_peer(peer)} {record.name}".strip()),
                 f"{record.start}:{record.end}",
                 bar(record.start, record.end, record.num_blocks),
                 record.state,
@@ -112,13 +117,14 @@ def show(view: SwarmView) -> None:
                 "?" if entry.round_trip is None else f"{entry.round_trip * 1e3:.0f} ms",
                 f"{record.cache_bytes_left / 1e9:.1f} GB",
                 str(record.sessions),
-                escape(record.version),
+                plain(record.version),
             )
         console.print(table)
         for start, end in missing[model]:
             console.print(
                 f"  [bold]blocks {start}:{end} are missing[/bold]. To serve them: "
-                f"nbrunner serve MODEL --blocks {start}:{end} --invite INVITE"
+                f"{escape(serve_command(model, start, end))}",
+                soft_wrap=True,
             )
 
 

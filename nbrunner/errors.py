@@ -23,6 +23,7 @@ person can too. None of them needs torch or hivemind to be imported.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 
@@ -91,16 +92,24 @@ class MissingBlocksError(SwarmError):
             message += " " + hint
         elif self.blocks:
             start, end = self.blocks[0]
-            message += f" To serve them: {_serve_command(model)} --blocks {start}:{end} --invite INVITE"
+            message += f" To serve them: {serve_command(model, start, end)}"
         super().__init__(message)
 
 
-def _serve_command(uid: str) -> str:
-    """What to type to serve a model, from its uid: the bundled one, a hub's at a revision, or a directory."""
-    name, _, revision = (uid or "MODEL").partition("@")
-    if "/" in name:
-        return f"nbrunner serve {name}" + (f" --revision {revision}" if revision else "")
-    return f"nbrunner serve {name}" if name == "tiny" or not revision else "nbrunner serve DIRECTORY_OF_THE_MODEL"
+def serve_command(uid: str, start: int, end: int) -> str:
+    """What whoever holds an invite of role host types to fill a gap, from the model's uid.
+
+    The bundled model, a hub's at a revision, or a directory, whose place only its owner knows. Strangers choose
+    names and people paste the command, so a name stays one word. The invite is not in it: outputs are shared.
+    """
+    name, _, revision = ("".join(one for one in part if one.isprintable()) for part in uid.partition("@"))
+    if revision and "/" in name:
+        model = f"{shlex.quote(name)} --revision {shlex.quote(revision)}"
+    elif revision and name != "tiny":
+        model = "DIRECTORY_OF_THE_MODEL"
+    else:
+        model = shlex.quote(name) if name else "MODEL"
+    return f"nbrunner serve {model} --blocks {start}:{end} --invite INVITE"
 
 
 class PeerError(SwarmError):

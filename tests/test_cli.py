@@ -15,12 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+import typer
 
 from nbrunner import cli
-from nbrunner.cli_status import bar, gaps
+from nbrunner.cli_status import bar, gaps, show
 from nbrunner.protocol.credentials import Invite, SwarmKey
 from nbrunner.protocol.identity import Identity
 from nbrunner.protocol.records import ServerRecord
+from nbrunner.swarm.view import ServerEntry, SwarmView
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -59,10 +61,11 @@ def test_help_is_quick_and_light() -> None:
 
 
 def test_every_option_has_its_help(run: Run) -> None:
-    for command in ("serve", "bootstrap", "invite", "status", "generate"):
-        code, output, _ = run(command, "--help")
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        code, output, _ = run(name, "--help")
         assert code == 0
         assert "--json" in output
+        assert [one.name for one in command.params if not (one.help or one.hidden)] == []
 
 
 def test_version(run: Run) -> None:
@@ -85,7 +88,12 @@ def test_version(run: Run) -> None:
         (["serve", "tiny", "--new-swarm", "--port", "70000"], "65535"),
         (["status"], "no swarm to join"),
         (["status", "--invite", "hello"], "not an invite"),
+        (["status", "--peers", "/ip4/127.0.0.1/tcp/1/p2p/x"], "not that you may join"),
         (["generate", ""], "empty"),
+        (["generate", "x", "--model", "/no/such/place"], "no directory"),
+        (["generate", "x", "--top-p", "0"], "top_p"),
+        (["generate", "x", "--beams", "2", "--temperature", "1"], "beam"),
+        (["serve", "tiny", "--new-swarm", "--invite", "nbr1-xyz"], "use one of them"),
         (["invite", "--role", "king"], "role"),
         (["--config", "/no/such/file", "version"], "config"),
         (["serve"], "model"),
@@ -119,6 +127,15 @@ def test_a_model_without_safetensors_is_refused(run: Run, tmp_path: Path, tiny_p
     assert "safetensors" in errors
 
 
+def test_a_model_without_a_tokenizer_is_refused(run: Run, tmp_path: Path, tiny_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_path / name, tmp_path / name)
+    code, _, errors = run("generate", "The capital", "--model", str(tmp_path))
+    assert code == 2
+    assert "tokenizer" in errors
+    assert "Traceback" not in errors
+
+
 def test_a_swarm_that_is_not_there(run: Run) -> None:
     address = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{Identity.generate().peer_id}"
     code, _, errors = run("status", "--invite", str(SwarmKey().invite([address])))
@@ -140,10 +157,32 @@ def test_a_config_file_gives_defaults_and_options_win(run: Run, tmp_path: Path) 
     terms = Invite.parse(output).terms
     assert (terms.role, terms.max_sessions) == ("use", 3)
     assert 0 < terms.expires - time.time() < 3700
-    config.write_text("[invite]\nrolle = 1\n")
-    code, _, errors = run("invite")
-    assert code == 2
-    assert "rolle" in errors
+    config.write_text("[invite]\njson = true\n")
+    code, output, _ = run("invite", "--swarm-key", str(key), "--address", "/ip4/127.0.0.1/tcp/9/p2p/x")
+    assert json.loads(output)["role"] == "use"
+    for wrong in ("rolle = 1", "help = true"):
+        config.write_text(f"[invite]\n{wrong}\n")
+        code, _, errors = run("invite")
+        assert code == 2
+        assert wrong.split()[0] in errors
+    for command in ("serve", "generate"):  # each long option is a key, by the name that --help shows
+        options = typer.main.get_command(cli.app).commands[command].params
+        keys = [one.opts[0].removeprefix("--") for one in options if one.opts[0].startswith("--")]
+        known = cli.config_keys()[command]
+        assert set(keys) - set(known) <= {"managed"}, command
+
+
+def test_what_others_say_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    nasty = "\x1b[31m[bold]x\u202e"
+    record = ServerRecord(
+        model=f"a/b; reboot{nasty}@1", num_blocks=8, start=0, end=4, state="online", name=nasty, version=nasty
+    )
+    show(SwarmView({Identity.generate().peer_id: ServerEntry(record)}))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert "[bold]x" in shown
+    assert "nbrunner serve 'a/b; reboot[31m[bold]x' --revision 1 --blocks 4:8 --invite INVITE" in shown
 
 
 def test_gaps_and_bars() -> None:
@@ -202,7 +241,9 @@ def creator(tmp_path: Path) -> Iterator[tuple[Served, int, Path]]:
 
 
 @pytest.mark.network
-def test_a_swarm_is_begun_joined_looked_at_used_and_left(run: Run, creator: tuple[Served, int, Path]) -> None:
+def test_a_swarm_is_begun_joined_looked_at_used_and_left(
+    run: Run, creator: tuple[Served, int, Path], tmp_path: Path
+) -> None:
     served, port, key = creator
     assert key.stat().st_mode & 0o777 == 0o600
     invites = served.events["invites"]
@@ -245,6 +286,13 @@ def test_a_swarm_is_begun_joined_looked_at_used_and_left(run: Run, creator: tupl
         code, output, errors = run("generate", "The capital of France is", "-n", "4", "--invite", invites["use"])
         assert code == 0, errors
         assert "Paris" in output
+        address = creator[0].events["ready"]["addresses"][0]
+        kept = tmp_path / "data" / "nbrunner" / "swarm.key"  # where the creator's own commands look for it
+        kept.parent.mkdir(parents=True)
+        shutil.copy(key, kept)
+        code, output, _ = run("status", "--json", "--peers", address)
+        assert code == 0
+        assert len(json.loads(output)["servers"]) == 2
         code, errors = second.interrupt()
         assert code == 0, errors
         assert "Traceback" not in errors

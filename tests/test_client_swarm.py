@@ -72,6 +72,7 @@ def test_what_it_is(model: Any, plain: Any, swarm: InProcessSwarm) -> None:
     names = [name for name, _ in model.named_parameters()]
     assert names == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     assert model.generation_config.pad_token_id == 0
+    assert model.name_or_path == model.config._name_or_path == str(swarm.model)
     assert set(model.swarm.directory.view.servers) == {server.node.peer_id for server in swarm.servers}
 
 

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from IPython.core.error import UsageError
-from notebook_fixtures import TINY
 from parity.chain import local_model
 
 import nbrunner
@@ -82,7 +81,6 @@ def made_up(rows: int, columns: int, top: int = 5, vocabulary: int = 3000, seed:
 def tiny():
     checkpoint = resolve_checkpoint("tiny")
     model = local_model(checkpoint, 5)
-    model.config._name_or_path = str(TINY)  # where %explore -m VARIABLE finds the tokenizer
     yield model
     model.close()
 

@@ -171,8 +171,9 @@ def test_lost_while_decoding(
 
 
 @pytest.mark.parametrize("hop", [0, 1], ids=["first", "last"])
+@pytest.mark.parametrize("harm", [kill, stop_process, ask_to_leave, stop_daemon])
 def test_lost_in_the_middle_of_a_prefill(
-    swarm: nbrunner.LocalSwarm, plain: Any, remote: Any, doomed: list[Any], hop: int
+    swarm: nbrunner.LocalSwarm, plain: Any, remote: Any, doomed: list[Any], harm: Callable[[Any], None], hop: int
 ) -> None:
     ids, more = prompt(1, 6), prompt(1, 700, seed=2)
     whole = torch.cat([plain.generate(ids, max_new_tokens=1, do_sample=False), more], dim=1)
@@ -181,12 +182,18 @@ def test_lost_in_the_middle_of_a_prefill(
         remote.generate(ids, max_new_tokens=1, do_sample=False, session=session)
         victim = server_of(swarm, session.chain[hop][0])
         doomed.append(victim)
-        # stopped, so that the prefill is certainly on its way and not done when the process dies
-        os.kill(victim.pid, signal.SIGSTOP)
-        killer = threading.Timer(0.5, victim.kill)
-        killer.start()
+        # stopped, so that the prefill is certainly on its way and not done when the harm comes
+        stop_process(victim)
+
+        def act() -> None:
+            harm(victim)
+            if harm in (ask_to_leave, stop_daemon):
+                os.kill(victim.pid, signal.SIGCONT)
+
+        later = threading.Timer(0.5, act)
+        later.start()
         got = remote.generate(more, max_new_tokens=4, do_sample=False, session=session)
-        killer.join()
+        later.join()
         assert torch.equal(session.tokens, expected)
         assert torch.equal(got, expected[:, -more.shape[1] - 4 :])
 

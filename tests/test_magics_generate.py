@@ -121,6 +121,15 @@ def test_the_configuration_is_used(here):
     assert (sampling["max_new_tokens"], sampling["temperature"]) == (2, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("line", "temperature"),
+    [("", 0.0), ("--top-p 0.9", 1.0), ("--top-k 3", 1.0), ("--top-k 3 -t 0", 0.0), ("--top-p 0.9 -t 0.5", 0.5)],
+)
+def test_narrowing_the_choice_means_sampling(here, line, temperature):
+    here.run_cell_magic("generate", f"-m here -n 2 -o out {line}", "Once upon a time\n")
+    assert here.user_ns["out"].receipt["sampling"]["temperature"] == temperature
+
+
 def test_a_chat_remembers_until_reset(here):
     here.run_cell_magic("chat", "-m here -n 4 -o first", "What is the capital of France?\n")
     here.run_cell_magic("chat", "-m here -n 4 -o second", "And of Italy?\n")

@@ -162,6 +162,25 @@ def test_status_chain_and_doctor_tell_about_the_swarm(kernel):
     assert "problem" not in doctor.text
 
 
+def test_a_model_in_a_variable_is_used_with_its_own_tokenizer(kernel):
+    kernel.run(
+        "import nbrunner\n"
+        "mine = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(\n"
+        "    'tiny', invite=get_ipython()._nbrunner_registered[0].invite)"
+    )
+    ran = kernel.run("%%generate -m mine -n 8 -o out\nThe capital of Italy is")
+    assert ran.status == "ok", ran.traceback
+    assert "Rome" in kernel.value("out.text")
+    assert kernel.value("out.receipt['model']['name']") == "tiny"
+    kernel.run("mine.close(); del mine")
+
+
+def test_a_model_that_nobody_here_serves_is_told_at_once(kernel):
+    ran = kernel.run("%%generate -m nobody/nothing\nThe capital of Italy is")
+    assert ran.status == "error"
+    assert "this swarm serves tiny@" in ran.printed
+
+
 def test_an_interrupt_cancels_a_step_that_nobody_answers(kernel):
     kernel.run("import os, signal\nservers = get_ipython()._nbrunner_registered[0].local.servers")
     kernel.run("for server in servers: os.kill(server.pid, signal.SIGSTOP)")

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbrunner.client.result import Generation, Timings, Token, chain_text
+from nbrunner.errors import serve_command
+from nbrunner.magics import doctor
 from nbrunner.magics.doctor import Finding, Report
 from nbrunner.magics.swarm_views import chain_view, swarm_table, uncovered
 from nbrunner.protocol.records import ServerRecord
@@ -112,6 +114,26 @@ def generation(text: str) -> Generation:
     timings = Timings.of(tokens, started=0.0, total=0.5)
     chain = ((PEERS[0], 0, 4), (PEERS[1], 4, 8))
     return Generation(text, text, tokens, 3, "stop", timings, chain, receipt={"model": text})
+
+
+def test_the_doctor_names_a_package_out_of_its_range(monkeypatch):
+    real = doctor.importlib.metadata.version
+    assert doctor._versions().result == "ok"
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "version", lambda name: "4.0.1" if name == "transformers" else real(name)
+    )
+    found = doctor._versions()
+    assert found.result == "problem"
+    assert "transformers 4.0.1" in found.found
+    assert "pip install 'transformers" in found.advice
+
+
+def test_commands_to_paste_are_one_word_for_a_name():
+    assert serve_command("tiny@820d", 0, 4) == "nbrunner serve tiny --blocks 0:4 --invite INVITE"
+    assert serve_command("a/b@c1", 2, 3) == "nbrunner serve a/b --revision c1 --blocks 2:3 --invite INVITE"
+    assert serve_command("llama@d1", 2, 3).startswith("nbrunner serve DIRECTORY_OF_THE_MODEL --blocks")
+    assert serve_command("", 2, 3).startswith("nbrunner serve MODEL --blocks")
+    assert serve_command("a/b; ls@`id`", 2, 3).startswith("nbrunner serve 'a/b; ls' --revision '`id`' --blocks")
 
 
 def test_the_line_under_a_text():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from wire_messages import any_message
 
 from nbrunner.errors import BadPeerDataError
 from nbrunner.protocol.frames import (
@@ -20,7 +21,7 @@ from nbrunner.protocol.frames import (
     encode_frame,
 )
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES
-from nbrunner.protocol.messages import AnyMessage, CacheOp, Hop, Ping, Refused, Step
+from nbrunner.protocol.messages import AnyMessage, Ping
 from nbrunner.protocol.tensors import DTYPES, check_shape, pack, take, unpack
 
 PEER = "12D3KooW" + "x" * 44
@@ -45,33 +46,7 @@ def raw_tensors(draw: st.DrawFn) -> list[RawTensor]:
     return made
 
 
-ids = st.text("0123456789abcdef", min_size=32, max_size=32)
-steps = st.builds(
-    Step,
-    step=st.integers(0, 2**53),
-    attempt=st.integers(0, 5),
-    position=st.integers(0, 2**40),
-    end=st.integers(0, 2**40),
-    reply_from=st.integers(0, 9),
-    route=st.lists(
-        st.builds(Hop, st.just(PEER), ids, st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=3
-    ),
-    ops=st.lists(
-        st.builds(
-            CacheOp,
-            st.sampled_from(["crop", "select", "repeat", "reset"]),
-            st.integers(0, 2**40),
-            st.lists(st.integers(0, 65535), max_size=5),
-        ),
-        max_size=3,
-    ),
-    capture=st.booleans(),
-)
-messages: st.SearchStrategy[AnyMessage] = (
-    steps
-    | st.builds(Ping, st.integers(0, 2**53))
-    | st.builds(Refused, st.just("limit"), st.text(max_size=50), st.none() | st.floats(0, 1e6))
-)
+messages: st.SearchStrategy[AnyMessage] = any_message()
 
 
 @given(messages, raw_tensors())

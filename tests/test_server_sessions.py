@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wire_messages import any_message
 
 import nbrunner
 from nbrunner.blocks.checkpoint import resolve_checkpoint
@@ -701,6 +702,12 @@ wild_tensors = st.tuples(
     st.sampled_from([torch.bfloat16, torch.bool, torch.int64, torch.float32]),
 )
 
+edit_tensors = st.tuples(
+    st.sampled_from(["edit.0", "edit.1", "final", "grad"]),
+    st.sampled_from([[], [WIDTH], [1, 2, WIDTH]]),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+)
+
 
 @given(
     steps=st.lists(
@@ -750,6 +757,57 @@ def test_steps_of_any_numbers_are_answered_or_refused(
                     break
         finally:
             stream.close()
+
+    run(talk())
+    assert "Traceback" not in server.log
+
+
+@given(data=st.data(), in_session=st.booleans())
+@settings(max_examples=120, derandomize=True, deadline=None)
+def test_messages_of_every_kind_are_answered_or_refused(
+    swarm: nbrunner.LocalSwarm, node: Node, uid: str, data: st.DataObject, in_session: bool
+) -> None:
+    server, other = swarm.servers
+    session = secrets.token_hex(16)
+    near = {
+        "model": st.sampled_from([uid, uid, uid, "other@1"]),
+        "start": st.integers(0, 3),
+        "end": st.integers(0, 4),
+        "layer": st.integers(0, 4),
+        "vector": st.none() | st.integers(0, 1),
+        "session": st.sampled_from([session, "0" * 32]),
+        "peer": st.sampled_from([server.peer_id, other.peer_id]),
+        "upstream": st.none() | st.sampled_from([other.peer_id, node.peer_id]),
+    }
+    message = data.draw(any_message(fields=near))
+    tensors = {"hidden": pack("hidden", hidden(data.draw(st.integers(1, 3))))}
+    wild = data.draw(st.lists(wild_tensors | edit_tensors, max_size=3))
+    tensors |= {name: pack(name, torch.ones(shape).to(dtype)) for name, shape, dtype in wild}
+    sent = list(tensors.values()) if data.draw(st.booleans()) else []
+
+    async def talk() -> None:
+        stream = await node.open_stream(server.peer_id)
+        try:
+            if in_session:
+                await stream.send(OpenSession(session, uid, 0, 3))
+                assert isinstance((await receive(stream))[0], SessionOpened)
+            await stream.send(message, sent)
+            if not isinstance(message, OpenSession | AttachSession):
+                await stream.send(Ping(1))
+            for _ in range(6):
+                answer, _ = await receive(stream, 0.5)
+                assert getattr(answer, "code", "") != "internal", answer
+                if isinstance(answer, Pong | Refused):
+                    break
+        except (PeerUnreachableError, TimeoutError):
+            pass  # it ended the stream, or there is nothing to say
+        finally:
+            stream.close()
+        async with asyncio.timeout(5):
+            well = await node.open_stream(server.peer_id)
+            await well.send(Ping(7))
+            assert (await well.receive())[0] == Pong(7)
+            well.close()
 
     run(talk())
     assert "Traceback" not in server.log

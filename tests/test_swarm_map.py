@@ -105,9 +105,8 @@ def test_a_lost_server_leaves_a_gap_with_the_command_that_fills_it():
 def test_nothing_that_strangers_say_becomes_markup_or_a_command():
     nasty = NASTY + "\x00\x1b[31m\n\u202e"
     entry = ServerEntry(record(0, 4, name=nasty, version=nasty, adapters=[nasty]), failure=nasty)
-    evil = replace(
-        entry, record=type(entry.record)(model="a; rm -rf ~\n@1", num_blocks=8, start=0, end=4, state="online")
-    )
+    model = "a/b; rm -rf ~\n@1; reboot"
+    evil = replace(entry, record=type(entry.record)(model=model, num_blocks=8, start=0, end=4, state="online"))
     shown = map_of(SwarmView({A: entry, C: evil}, {B: entry}), title=nasty)
     root = ET.fromstring(shown.svg())
     assert {one.tag.rpartition("}")[2] for one in root.iter()} <= {
@@ -116,7 +115,7 @@ def test_nothing_that_strangers_say_becomes_markup_or_a_command():
     assert not [name for one in root.iter() for name in one.attrib if name.startswith("on")]
     assert "\x1b" not in repr(shown)
     assert "\u202e" not in repr(shown)
-    assert "nbrunner serve 'a; rm -rf ~' --blocks 4:8" in repr(shown)
+    assert "nbrunner serve 'a/b; rm -rf ~' --revision '1; reboot' --blocks 4:8" in repr(shown)
 
 
 def test_what_is_saved_is_an_image_and_a_table():

@@ -40,6 +40,10 @@ class Checkpoint(ABC):
     uid : str
         For machines: equal exactly when the weights are the same, on every machine. ``owner/repo@<commit>`` for a
         hub repository, ``<family>@<digest>`` for a directory, ``tiny@<digest>`` for the bundled model.
+    source : str
+        Where transformers' own loaders find what else belongs to it, such as the tokenizer: directory or hub id.
+    commit : str or None
+        Of a hub repository.
     config : PretrainedConfig
         As transformers reads it.
     weight_map : dict of str to str
@@ -48,6 +52,8 @@ class Checkpoint(ABC):
 
     name: str
     uid: str
+    source: str
+    commit: str | None = None
     config: Any
     weight_map: dict[str, str]
 
@@ -130,6 +136,7 @@ class LocalCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, *, name: str = "") -> None:
         self.path = path.resolve()
+        self.source = str(self.path)
         if self.path == tiny.path().resolve():
             name = "tiny"
         self.name = name or str(path)

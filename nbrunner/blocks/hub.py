@@ -69,14 +69,14 @@ class HubCheckpoint(Checkpoint):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        self.name = self.repo = repo
+        self.name = self.source = self.repo = repo
         self.token = token
         self.cache_dir = None if cache_dir is None else str(cache_dir)
         # Read here and not when huggingface_hub was imported, so that setting it in a notebook works.
         self.endpoint = os.environ.get("HF_ENDPOINT") or None
         self.revision = revision
         config_file = self._required("config.json")
-        self.commit = config_file.parent.name  # hf_hub_download answers .../snapshots/<commit>/config.json
+        self.commit: str = config_file.parent.name  # hf_hub_download answers .../snapshots/<commit>/config.json
         self.revision = self.commit
         self.uid = f"{repo}@{self.commit}"
         self.config = read_config(config_file, repo)

@@ -190,6 +190,9 @@ def load_client_model(
         new_weights=task == "AutoModelForSequenceClassification",
     )
     model.nbrunner_checkpoint = checkpoint
+    # as from_pretrained leaves it: whoever has only the model finds its tokenizer by this
+    model.name_or_path = model.config._name_or_path = checkpoint.source
+    model.config._commit_hash = checkpoint.commit
     if hasattr(model, "generation_config"):
         saved = checkpoint.file("generation_config.json")
         if saved is not None:

@@ -18,11 +18,11 @@ _PACKAGES = ("nbrunner", "torch", "transformers", "hivemind")
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """What a receipt says about the model."""
-    runner = getattr(model, "runner", None)
+    """What a receipt says about the model. Of a directory only its name: receipts are shown to others."""
+    uid = str(getattr(getattr(model, "runner", None), "model", ""))
     return {
-        "name": str(model.config._name_or_path or getattr(runner, "model", "")),
-        "uid": str(getattr(runner, "model", "")),
+        "name": uid.partition("@")[0] or str(model.config._name_or_path),
+        "uid": uid,
         "revision": getattr(model.config, "_commit_hash", None),
         "type": str(model.config.model_type),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -8,6 +8,15 @@ from dataclasses import dataclass
 from nbrunner.errors import UserInputError
 
 
+def temperature_unless_given(
+    usual: float, *, top_p: float | None = None, top_k: int | None = None, beams: int = 1
+) -> float:
+    """The temperature where nobody said one: ``usual``, but beams take none, and who narrows a choice wants one."""
+    if beams > 1:
+        return 0.0
+    return 1.0 if usual == 0 and not (top_p is None and top_k is None) else usual
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen.

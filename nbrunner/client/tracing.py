@@ -18,6 +18,7 @@ from nbrunner.client.inputs import check_ids
 from nbrunner.client.remote import current
 from nbrunner.client.runner import BlockRunner, Pass
 from nbrunner.client.swarm_runner import SwarmRunner
+from nbrunner.client.tokenizers import load_tokenizer
 from nbrunner.client.trace import Trace, TraceHop, token_id
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.measure import MAX_TOP, Measure, measured_bytes
@@ -266,9 +267,7 @@ def tokenizer_of(model: Any) -> Any:
         folder = next((file.parent for file in files if file is not None), None)
         if folder is None:
             return None
-        from transformers import AutoTokenizer
-
-        model.nbrunner_tokenizer = AutoTokenizer.from_pretrained(folder)
+        model.nbrunner_tokenizer = load_tokenizer(folder)
     return model.nbrunner_tokenizer
 
 
