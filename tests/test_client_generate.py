@@ -186,7 +186,7 @@ def _prefill_rows(pair: Pair, **options: Any) -> list[int]:
     rows: list[int] = []
     open_session = pair.runner.open_session
 
-    def noting(edits: Any = None) -> Any:
+    def noting(edits: Any = None, **_: Any) -> Any:
         session = open_session()
         step = session.step
 

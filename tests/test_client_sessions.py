@@ -48,7 +48,7 @@ def steps_of(session: Session) -> list[int]:
 
     if cache.session is not None:
         watch(cache.session)
-    cache._open_session = lambda edits=None: watch(open_session(edits))
+    cache._open_session = lambda edits, adapter: watch(open_session(edits, adapter))
     return steps
 
 

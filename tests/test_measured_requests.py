@@ -134,7 +134,7 @@ def test_states_stay_where_they_are(swarm: InProcessSwarm, model: Any, hidden: t
     each = ROWS * TOKENS * (4 + 4 + 4 + 2 * 8)
     assert [one.bytes_received - sent for one in output.passes] == [each, 3 * each]
     assert output.tape is not None
-    grad = model.runner.backward(output.tape, torch.ones_like(hidden), {})
+    grad = model.runner.backward(output.tape, torch.ones_like(hidden), {}).hidden
     assert grad.shape == hidden.shape
 
 

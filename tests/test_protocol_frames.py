@@ -101,7 +101,7 @@ def frame(message: Any, specs: Any) -> bytes:
         (frame({"type": "ping", "nonce": 1}, [["a", "uint8", [2**31, 2**31, 2**31]]]), b""),
         (frame({"type": "ping", "nonce": 1}, [["a" * 41, "uint8", [1]]]), b"1"),
         (frame({"type": "ping", "nonce": 1}, [["a", "uint8", [1] * 7]]), b"1"),
-        (frame({"type": "ping", "nonce": 1}, [[f"t{i}", "uint8", [0]] for i in range(65)]), b""),
+        (frame({"type": "ping", "nonce": 1}, [[f"t{i}", "uint8", [0]] for i in range(4097)]), b""),
         (frame({"type": "ping", "nonce": -1}, []), b""),
         (frame({"type": "ping", "nonce": 2**60}, []), b""),
         (frame({"type": "ping", "nonce": 1.5}, []), b""),

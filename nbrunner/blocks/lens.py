@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserInputError
 from .checkpoint import Checkpoint
+from .shadows import is_hollow
 from .skeleton import Skeleton, instead_of_layers, load_client_model
 
 CHUNK_BYTES = 64 << 20
@@ -40,7 +41,11 @@ class Lens:
         self._like = next(model.get_output_embeddings().parameters(), self._weight)
         self.hidden_shape: tuple[int, ...] = skeleton.hidden_shape
         self.vocabulary = int(self.logits(torch.zeros(1, *self.hidden_shape)).shape[-1])
-        self.nbytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self.nbytes = sum(
+            parameter.numel() * parameter.element_size()
+            for parameter in model.parameters()
+            if not is_hollow(parameter)
+        )
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Lens:
@@ -52,7 +57,7 @@ class Lens:
             As `load_client_model`.
         """
         model = load_client_model(
-            checkpoint, "AutoModelForCausalLM", lambda *_: nn.Identity(), dtype=dtype, device=device
+            checkpoint, "AutoModelForCausalLM", lambda *_: nn.Identity(), dtype=dtype, device=device, shadows=False
         )
         return cls(model.requires_grad_(False))
 

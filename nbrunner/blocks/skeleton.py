@@ -30,7 +30,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,10 +38,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..errors import UserInputError
-from .architecture import Skip, accepted_arguments, find_layers, model_class, unsupported
+from .architecture import LayerList, Skip, accepted_arguments, find_layers, model_class, unsupported
 from .checkpoint import Checkpoint
 from .loading import as_dtype, load_part
 from .pruning import changed_class, keep_present_ties
+from .shadows import ShadowedLayers
 
 _OTHER_INPUTS = ("pixel_values", "image", "video", "audio", "input_features")
 
@@ -104,6 +105,8 @@ class Skeleton:
         The module whose ``forward`` runs the layers; hooks that want 2D masks and positions go here.
     layer : RemoteLayer
         The one member of its list of layers.
+    layers : ShadowedLayers
+        The list; by names it also holds a shadow of each block (`nbrunner.blocks.shadows`).
     remote : nn.Module
         What the factory returned.
     num_blocks : int
@@ -118,6 +121,7 @@ class Skeleton:
 
     base: Any
     layer: RemoteLayer
+    layers: nn.ModuleList
     remote: nn.Module
     num_blocks: int
     accepts: frozenset[str]
@@ -133,6 +137,7 @@ def load_client_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     mixins: tuple[type, ...] = (),
+    shadows: bool = True,
 ) -> Any:
     """Build the architecture's own class for a task with its layers replaced, and load what is left of it.
 
@@ -150,6 +155,8 @@ def load_client_model(
         Of embeddings and head.
     mixins : tuple of type
         Classes that come before the architecture's own in the method resolution order.
+    shadows : bool
+        Whether PEFT is to find the blocks by their names (`nbrunner.blocks.shadows`).
 
     Returns
     -------
@@ -165,15 +172,18 @@ def load_client_model(
     """
     architecture = checkpoint.architecture
     cls = model_class(checkpoint.config, task)
+    built: list[tuple[LayerList, RemoteLayer]] = []
 
     def replace_layers(model: Any) -> None:
         found = find_layers(model)
         layer = RemoteLayer(found.layers[0], factory(len(found.layers), found.layers[0]))
         setattr(found.owner, found.attribute, nn.ModuleList([layer]))
         accepts = accepted_arguments(found.base)
+        built.append((found, layer))
         model.nbrunner_skeleton = Skeleton(
             found.base,
             layer,
+            nn.ModuleList(),
             layer.remote,
             len(found.layers),
             accepts,
@@ -197,6 +207,11 @@ def load_client_model(
         saved = checkpoint.file("generation_config.json")
         if saved is not None:
             model.generation_config = GenerationConfig.from_pretrained(saved.parent)
+    # after loading, which would look for the weights of whatever has a name
+    found, layer = built[-1]
+    layers = ShadowedLayers(list(found.layers) if shadows else [], layer)
+    setattr(found.owner, found.attribute, layers)
+    model.nbrunner_skeleton = replace(model.nbrunner_skeleton, layers=layers)
     _find_result_style(model.nbrunner_skeleton, model.config)
     _hand_masks_down(model, model.nbrunner_skeleton.base)
     return model

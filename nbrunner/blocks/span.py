@@ -18,40 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserInputError
+from .adapters import Adapting, RowAdapters, SpanAdapter, Width, linear_widths
 from .architecture import EndOfRun, Opaque, accepted_arguments, text_config
 from .cache import SpanCache
 from .checkpoint import Checkpoint
 from .edits import Edits
 from .huge_pages import onto_huge_pages
 from .loading import load_span_model
-
-
-@dataclass(frozen=True)
-class SpanOutput:
-    """What comes out of a span.
-
-    Attributes
-    ----------
-    hidden : Tensor
-        ``[batch, tokens, *hidden_shape]``, the span's dtype.
-    carry : dict of int to Tensor
-        What the next block takes besides the hidden state, by the part of the result it is; empty for most
-        families.
-    collected : list of Tensor
-        With ``collect=True``, what entered each block that ran, in order.
-    """
-
-    hidden: Tensor
-    carry: dict[int, Tensor] = field(default_factory=dict)
-    collected: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class SpanGradient:
-    """Gradients with respect to what entered a span: the hidden state, and the carry where there is one."""
-
-    hidden: Tensor
-    carry: dict[int, Tensor] = field(default_factory=dict)
+from .passes import KeptPass, Leaves, SpanGradient, SpanOutput
 
 
 @dataclass
@@ -62,6 +36,7 @@ class _Run:
     end: int
     collected: list[Tensor] | None
     edits: Edits | None
+    adapting: Adapting | None
     position: int
     result: Tensor | None = None
     rest: dict[int, Tensor] = field(default_factory=dict)
@@ -108,6 +83,7 @@ class BlockSpan:
         self._base = pruned.found.base
         self._accepts = accepted_arguments(self._base)
         self._skips = pruned.skips(architecture.result_parts)
+        self._widths: dict[int, dict[str, Width]] = {}
         self._views: dict[tuple[int, int], nn.ModuleList] = {}
         self._rope = [_RopeState(module) for module in model.modules() if _is_dynamic_rope(module)]
         self._lock = threading.Lock()
@@ -180,6 +156,7 @@ class BlockSpan:
         carry: Mapping[int, Tensor] | None = None,
         collect: bool = False,
         edits: Edits | None = None,
+        adapters: RowAdapters = None,
     ) -> SpanOutput:
         """Run blocks, without gradients.
 
@@ -202,6 +179,8 @@ class BlockSpan:
             Also return what entered each block.
         edits : Edits, optional
             Made before a block runs, and seen in what is collected. Positions count from the session's beginning.
+        adapters : SpanAdapter or sequence of SpanAdapter or None, optional
+            For all rows, or one for each row; they must fit the blocks (`nbrunner.blocks.adapters.check_adapter`).
 
         Raises
         ------
@@ -213,11 +192,58 @@ class BlockSpan:
         self._check(hidden, cache, attention_mask, position_ids, start, end, carry)
         with self._lock, torch.inference_mode() if cache is not None else torch.no_grad():
             run = self._execute(
-                hidden, cache, attention_mask, position_ids, start, end, carry or {}, collect, edits
+                hidden, cache, attention_mask, position_ids, start, end, carry or {}, collect, edits, adapters
             )
         if cache is not None and end == cache.end:
             cache.length += hidden.shape[1]
         return SpanOutput(_result(run), run.rest, run.collected or [])
+
+    def trace(
+        self,
+        hidden: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        carry: Mapping[int, Tensor] | None = None,
+        collect: bool = False,
+        edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
+        adapter_grads: bool = False,
+    ) -> KeptPass:
+        """Run blocks without a cache and keep the graph for `KeptPass.backward`; parameters as of `forward`.
+
+        Parameters
+        ----------
+        adapter_grads : bool
+            Whether gradients of the adapter's tensors will be wanted too.
+
+        Raises
+        ------
+        UserInputError
+            For shapes that do not fit, and for weights through which there are no gradients.
+        """
+        start, end = self._range(start, end)
+        self._check(hidden, None, attention_mask, position_ids, start, end, carry)
+        self._check_differentiable()
+        with self._lock, torch.inference_mode(False), torch.enable_grad():
+            leaves = Leaves.of(
+                hidden, carry or {}, adapter, device=self.device, dtype=self.dtype, adapter_grads=adapter_grads
+            )
+            run = self._execute(
+                leaves.hidden,
+                None,
+                attention_mask,
+                position_ids,
+                start,
+                end,
+                leaves.carry,
+                collect,
+                edits,
+                leaves.adapter,
+            )
+        return KeptPass(leaves, _result(run), run.rest, run.collected or [])
 
     def backward(
         self,
@@ -231,46 +257,50 @@ class BlockSpan:
         carry: Mapping[int, Tensor] | None = None,
         grad_carry: Mapping[int, Tensor] | None = None,
         edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
+        adapter_grads: bool = False,
     ) -> SpanGradient:
         """Gradients with respect to what entered the blocks; the forward is computed again, without a cache.
 
         Parameters
         ----------
-        hidden, attention_mask, position_ids, start, end, carry, edits
+        hidden, attention_mask, position_ids, start, end, carry, edits, adapter
             As they were passed to `forward`.
         grad_output : Tensor
             Gradient with respect to ``SpanOutput.hidden``, of its shape.
         grad_carry : mapping of int to Tensor, optional
             Gradients with respect to ``SpanOutput.carry`` that came back from the next span.
+        adapter_grads : bool
+            Also give the gradients of the adapter's tensors.
 
         Raises
         ------
         UserInputError
-            For shapes that do not fit.
+            For shapes that do not fit, and for weights through which there are no gradients.
         """
-        start, end = self._range(start, end)
-        self._check(hidden, None, attention_mask, position_ids, start, end, carry)
         if grad_output.shape != hidden.shape:
             raise UserInputError(
                 f"the gradient has the shape {list(grad_output.shape)}, the hidden state {list(hidden.shape)}"
             )
-        with self._lock, torch.inference_mode(False), torch.enable_grad():
-            entering = hidden.detach().to(self.device, self.dtype).clone().requires_grad_(True)
-            carried = {part: _differentiable(tensor, self.device) for part, tensor in (carry or {}).items()}
-            run = self._execute(entering, None, attention_mask, position_ids, start, end, carried, False, edits)
-            outputs, gradients = [_result(run)], [grad_output.to(self.device, _result(run).dtype)]
-            for part, gradient in (grad_carry or {}).items():
-                output = run.rest.get(part)
-                if output is not None and output.requires_grad:
-                    outputs.append(output)
-                    gradients.append(gradient.to(self.device, output.dtype))
-            wanted = {part: tensor for part, tensor in carried.items() if tensor.requires_grad}
-            found = torch.autograd.grad(outputs, [entering, *wanted.values()], gradients, allow_unused=True)
-        by_part = zip(wanted, found[1:], strict=True)
-        return SpanGradient(
-            found[0] if found[0] is not None else torch.zeros_like(entering),
-            {part: gradient for part, gradient in by_part if gradient is not None},
+        kept = self.trace(
+            hidden,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            start=start,
+            end=end,
+            carry=carry,
+            edits=edits,
+            adapter=adapter,
+            adapter_grads=adapter_grads,
         )
+        with self._lock:
+            return kept.backward(grad_output, grad_carry)
+
+    def linears(self, block: int) -> dict[str, Width]:
+        """The linear modules inside a block that can be adapted: name → input and output features."""
+        if block not in self._widths:
+            self._widths[block] = linear_widths(self._pruned.originals[block])
+        return self._widths[block]
 
     def carry_at(self, block: int) -> frozenset[int]:
         """The parts of the previous block's result that a block takes besides the hidden state."""
@@ -330,6 +360,19 @@ class BlockSpan:
                 f"block {start} of this model also takes part {min(missing)} of what block {start - 1} returned"
             )
 
+    def _check_differentiable(self) -> None:
+        """Refuse 4-bit weights on a CPU: gradients would be silently wrong (measured: 99.7 % of them lost).
+
+        There bitsandbytes repacks the weights at the first forward without gradients, and its product for packed
+        weights has no backward, while the result still says that it has one.
+        """
+        if self.device.type == "cpu" and any(
+            type(module).__name__ == "Linear4bit" for module in self.model.modules()
+        ):
+            raise UserInputError(
+                "there are no gradients through 4-bit weights on a CPU; train over servers with other weights"
+            )
+
     # -- running ---------------------------------------------------------------------------------------------------
 
     def _slots(self, start: int, end: int) -> frozenset[int]:
@@ -346,6 +389,7 @@ class BlockSpan:
         carry: Mapping[int, Tensor],
         collect: bool,
         edits: Edits | None,
+        adapters: RowAdapters,
     ) -> _Run:
         hidden = hidden.to(self.device, self.dtype)
         batch, tokens = hidden.shape[:2]
@@ -364,12 +408,14 @@ class BlockSpan:
             rope.restore()
         moved = {part: tensor.to(self.device) for part, tensor in carry.items()}
         past = cache.length if cache is not None else 0
-        self._run = run = _Run(hidden, moved, start, end, [] if collect else None, edits, past)
+        adapting = None if adapters is None else Adapting(adapters, batch)
+        self._run = run = _Run(hidden, moved, start, end, [] if collect else None, edits, adapting, past)
         part_of_cache = cache is not None and (start, end) != (cache.start, cache.end)
         try:
             with (
                 self._layers_in_place(start, end),
                 cache.only(self._slots(start, end)) if (cache is not None and part_of_cache) else nullcontext(),
+                adapting.within(self._held(start, end)) if adapting is not None else nullcontext(),
             ):
                 self._base(**arguments)
         except EndOfRun:
@@ -377,6 +423,9 @@ class BlockSpan:
         finally:
             self._run = None
         return run
+
+    def _held(self, start: int, end: int) -> dict[int, nn.Module]:
+        return {index: self._pruned.originals[index] for index in range(start, end)}
 
     @contextmanager
     def _layers_in_place(self, start: int, end: int) -> Iterator[None]:
@@ -416,6 +465,13 @@ class BlockSpan:
                     kwargs = {**kwargs, "hidden_states": edited}
             if run.collected is not None:
                 run.collected.append(args[0] if args else kwargs["hidden_states"])
+            if run.adapting is not None:
+                entering = args[0] if args else kwargs["hidden_states"]
+                prompted = run.adapting.add_prompts(entering, index, run.position)
+                if args:
+                    args = (prompted, *args[1:])
+                else:
+                    kwargs = {**kwargs, "hidden_states": prompted}
             return args, kwargs
 
         return hook
@@ -445,11 +501,6 @@ class _View(nn.ModuleList):
 
 def _from_wire(value: Any, carry: Mapping[int, Tensor]) -> Any:
     return carry.get(value.part) if isinstance(value, Opaque) else value
-
-
-def _differentiable(tensor: Tensor, device: torch.device) -> Tensor:
-    leaf = tensor.detach().to(device).clone()
-    return leaf.requires_grad_(True) if leaf.is_floating_point() else leaf
 
 
 def _result(run: _Run) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nbrunner.blocks.edits import Edits
+from nbrunner.client.lora import Learned
 from nbrunner.client.runner import BlockRunner, ForwardOutput
 from nbrunner.errors import UserInputError
 
@@ -26,6 +27,7 @@ class Composed(Protocol):
         positions: torch.Tensor | None = None,
         capture: bool = False,
         edits: Edits | None = None,
+        learned: Learned | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]: ...
 
     @property
@@ -43,6 +45,7 @@ def run_blocks(
     positions: torch.Tensor | None,
     capture: bool = False,
     edits: Edits | None = None,
+    learned: Learned | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """Run blocks ``[start, end)`` without caches, differentiably.
 
@@ -56,6 +59,8 @@ def run_blocks(
         Also return the input of every block, each differentiable too.
     edits
         Of states between the blocks, not of the first one, which the caller has in hand.
+    learned
+        Adapters of blocks; gradients reach their parameters.
 
     Returns
     -------
@@ -63,16 +68,29 @@ def run_blocks(
         Output of the last block, and the captured states.
     """
     if isinstance(runner, Composed):  # its parts are differentiable each, and so are the modules between them
-        return runner.run(hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits)
+        return runner.run(
+            hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits, learned=learned
+        )
     like, hidden = hidden, hidden.to("cpu", runner.dtype)
-    if torch.is_grad_enabled() and hidden.requires_grad:
+    learned = learned and learned.within(start, end)
+    if torch.is_grad_enabled() and (hidden.requires_grad or (learned is not None and learned.trains)):
+        tensors = () if learned is None else tuple(learned.tensors.values())
         output, *captured = _Blocks.apply(  # type: ignore[no-untyped-call]
-            hidden, runner, start, end, mask, positions, capture, edits
+            hidden, runner, start, end, mask, positions, capture, edits, learned and learned.named(), *tensors
         )
         # the first captured state is the input itself: autograd needs no detour for it
         return output.to(like), [like, *(state.to(like) for state in captured[1:])] if capture else None
     with torch.no_grad():
-        result = runner.forward(hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits)
+        result = runner.forward(
+            hidden,
+            start,
+            end,
+            mask=mask,
+            positions=positions,
+            capture=capture,
+            edits=edits,
+            adapter=None if learned is None else learned.named().adapter,
+        )
     return result.hidden.to(like), result.captured and [state.to(like) for state in result.captured]
 
 
@@ -94,11 +112,22 @@ class _Blocks(torch.autograd.Function):
         positions: torch.Tensor | None,
         capture: bool,
         edits: Edits | None,
+        learned: Learned | None,
+        *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         result: ForwardOutput = runner.forward(
-            hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits
+            hidden,
+            start,
+            end,
+            mask=mask,
+            positions=positions,
+            capture=capture,
+            edits=edits,
+            adapter=None if learned is None else learned.adapter,
         )
         ctx.runner, ctx.start, ctx.tape = runner, start, result.tape
+        ctx.learned = () if learned is None else tuple(learned.tensors)
+        ctx.likes = [(tensor.device, tensor.dtype) for tensor in tensors]
         ctx.set_materialize_grads(False)
         return (result.hidden, *(state.clone() for state in result.captured or ()))
 
@@ -106,9 +135,15 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, *captured: torch.Tensor | None) -> tuple[Any, ...]:
         used = {ctx.start + index: one for index, one in enumerate(captured) if one is not None}
+        wants_input, wants_adapter = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
         if grad is None and not used:
-            return (None,) * 8
-        return (ctx.runner.backward(ctx.tape, grad, used), *(None,) * 7)
+            return (None,) * (9 + len(ctx.learned))
+        found = ctx.runner.backward(ctx.tape, grad, used, adapter_grads=any(wants_adapter), input_grad=wants_input)
+        adapters = [
+            found.adapters[block][name].to(*like) if wanted else None
+            for (block, name), like, wanted in zip(ctx.learned, ctx.likes, wants_adapter, strict=True)
+        ]
+        return (found.hidden if wants_input else None, *(None,) * 8, *adapters)
 
 
 class _Cached(torch.autograd.Function):

@@ -6,6 +6,7 @@ from types import TracebackType
 
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.client.inputs import check_hidden, check_mask
 from nbrunner.client.runner import BlockRunner, RunnerSession
 from nbrunner.errors import SessionError, UserInputError
@@ -23,6 +24,8 @@ class BlocksSession:
         Which.
     dtype, width
         Of the hidden states.
+    adapter
+        Of these blocks, for as long as the session lives.
 
     Examples
     --------
@@ -34,8 +37,17 @@ class BlocksSession:
             session.position = 3                # back to the first three tokens
     """
 
-    def __init__(self, runner: BlockRunner, start: int, end: int, *, dtype: torch.dtype, width: int | None) -> None:
-        self._session: RunnerSession = runner.open_session(None, start, end)
+    def __init__(
+        self,
+        runner: BlockRunner,
+        start: int,
+        end: int,
+        *,
+        dtype: torch.dtype,
+        width: int | None,
+        adapter: SpanAdapter | None = None,
+    ) -> None:
+        self._session: RunnerSession = runner.open_session(None, start, end, adapter)
         self._runner_dtype, self._dtype, self._width = runner.dtype, dtype, width
         self._length = 0
         self._rows = 0

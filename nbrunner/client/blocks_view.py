@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import overload
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from nbrunner.client.autograd import run_blocks
 from nbrunner.client.blocks_session import BlocksSession
 from nbrunner.client.inputs import check_hidden, check_mask
+from nbrunner.client.lora import Learned
 from nbrunner.client.runner import BlockRunner
 from nbrunner.errors import UserInputError
 
@@ -19,7 +20,8 @@ class RemoteBlocks(nn.Module):
     """Blocks ``[start, end)`` of a model, run by servers; without caches, or with those of a session.
 
     A sequence and a module at once: ``len(model.blocks)``, ``model.blocks[3]``, ``model.blocks[2:5](hidden)``.
-    Gradients flow through it to its input; the servers' weights stay as they are.
+    Gradients flow through it to its input and to the adapters that are active in the model; the servers' weights
+    stay as they are.
 
     Attributes
     ----------
@@ -31,9 +33,19 @@ class RemoteBlocks(nn.Module):
         Their last dimension.
     """
 
-    def __init__(self, runner: BlockRunner, start: int, end: int, *, dtype: torch.dtype, width: int | None) -> None:
+    def __init__(
+        self,
+        runner: BlockRunner,
+        start: int,
+        end: int,
+        *,
+        dtype: torch.dtype,
+        width: int | None,
+        learned: Callable[[], Learned | None] = lambda: None,
+    ) -> None:
         super().__init__()
         self._runner = runner
+        self._learned = learned
         self.start, self.end = start, end
         self.dtype, self.width = dtype, width
 
@@ -70,12 +82,29 @@ class RemoteBlocks(nn.Module):
                 f"position_ids have shape {list(position_ids.shape)}; [1 or {batch}, {tokens}] is wanted"
             )
         positions = None if position_ids is None else position_ids.cpu()
-        output, _ = run_blocks(self._runner, hidden, self.start, self.end, mask=mask, positions=positions)
+        output, _ = run_blocks(
+            self._runner,
+            hidden,
+            self.start,
+            self.end,
+            mask=mask,
+            positions=positions,
+            learned=self._learned(),
+        )
         return output
 
     def inference_session(self) -> BlocksSession:
         """A session over these blocks, whose caches outlive a call."""
-        return BlocksSession(self._runner, self.start, self.end, dtype=self.dtype, width=self.width)
+        learned = self._learned()
+        some = None if learned is None else learned.within(self.start, self.end)
+        return BlocksSession(
+            self._runner,
+            self.start,
+            self.end,
+            dtype=self.dtype,
+            width=self.width,
+            adapter=None if some is None else some.copied(),
+        )
 
     def runs_on(self, runner: BlockRunner) -> bool:
         """Whether these are blocks of that runner's model."""
@@ -102,7 +131,14 @@ class RemoteBlocks(nn.Module):
             if not 0 <= start < len(self):
                 raise IndexError(f"block {index} does not exist: there are {len(self)}")
             end = start + 1
-        return RemoteBlocks(self._runner, self.start + start, self.start + end, dtype=self.dtype, width=self.width)
+        return RemoteBlocks(
+            self._runner,
+            self.start + start,
+            self.start + end,
+            dtype=self.dtype,
+            width=self.width,
+            learned=self._learned,
+        )
 
     def __iter__(self) -> Iterator[RemoteBlocks]:
         return (self[index] for index in range(len(self)))

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
+from nbrunner.blocks.shadows import ShadowedLayers
 from nbrunner.blocks.skeleton import Skeleton, layers_are_replaced
 from nbrunner.client.blocks_view import RemoteBlocks
 from nbrunner.client.edits import Edit, Positions, compile_edits
 from nbrunner.client.inputs import check_hidden, check_ids, check_length, check_mask, planned_length, position_limit
 from nbrunner.client.remote import LayersCall, RemoteLayers, current
-from nbrunner.client.remote_cache import RemoteCache
+from nbrunner.client.remote_cache import RemoteCache, session_opener
 from nbrunner.client.runner import BlockRunner, RunnerSession
 from nbrunner.client.session_facade import Session
 from nbrunner.errors import SessionError, UserInputError
@@ -51,7 +53,8 @@ class DistributedModel:
         base = self.nbrunner_skeleton.base
         width = getattr(base.get_input_embeddings(), "embedding_dim", None)
         width = getattr(base.config.get_text_config(decoder=True), "hidden_size", width)
-        return RemoteBlocks(self.runner, 0, self.runner.num_blocks, dtype=base.dtype, width=width)
+        learned = self._layers.learned
+        return RemoteBlocks(self.runner, 0, self.runner.num_blocks, dtype=base.dtype, width=width, learned=learned)
 
     @property
     def runner(self) -> BlockRunner:
@@ -144,7 +147,7 @@ class DistributedModel:
 
     def new_cache(self) -> RemoteCache:
         """An empty cache on the servers, to pass as ``past_key_values``."""
-        cache = RemoteCache(self.runner.open_session, self.runner.num_blocks, planned_edits=current.edits)
+        cache = RemoteCache(session_opener(self.runner), self.runner.num_blocks, planned_edits=current.edits)
         if current.caches is not None:
             current.caches.append(cache)
         return cache
@@ -262,6 +265,8 @@ class DistributedModel:
         skeleton = self.nbrunner_skeleton
         self._layers.omits_positions = _counts_positions(skeleton)
         self._layers.runner = runner
+        if isinstance(skeleton.layers, ShadowedLayers):
+            self._layers.look_for_adapters(skeleton.layers)
         skeleton.base.register_forward_pre_hook(self._before_base, with_kwargs=True)
         skeleton.base.register_forward_hook(_after_base, with_kwargs=True, always_call=True)
 
@@ -451,5 +456,5 @@ def _same_tensors(one: Any, other: Any) -> bool:
     return type(one) is type(other)
 
 
-def _no_session(edits: Edits | None) -> RunnerSession:
+def _no_session(edits: Edits | None, adapter: SpanAdapter | None) -> RunnerSession:
     raise SessionError("a probe runs no blocks")

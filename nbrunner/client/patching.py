@@ -192,7 +192,9 @@ def _patched_ends(
         index = torch.arange(len(some))
         rows[index, some] = source[0, some]
         if layer < last:
-            rows = model.runner.forward(rows.to("cpu", model.runner.dtype), layer, last).hidden
+            learned = model._layers.learned()
+            adapter = None if learned is None else learned.named().adapter.within(layer, last)
+            rows = model.runner.forward(rows.to("cpu", model.runner.dtype), layer, last, adapter=adapter).hidden
         ends.append(rows[:, -1])
     return torch.cat(ends)
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lens import Lens
 from nbrunner.client.autograd import run_blocks
+from nbrunner.client.lora import Learned, differentiable
 from nbrunner.client.path import BlockRun, Entry, parts_of
 from nbrunner.client.path_session import PathSession
-from nbrunner.client.runner import BlockRunner, ForwardOutput, Pass, Segment, Tape
+from nbrunner.client.runner import BlockRunner, ForwardOutput, Gradients, Pass, Segment, Tape
 from nbrunner.errors import SessionError, UserInputError
 from nbrunner.protocol.measure import Measure
 
@@ -65,10 +67,19 @@ class PathRunner:
             for parameter in entry.parameters()
         )
 
-    def open_session(self, edits: Edits | None = None, start: int = 0, end: int | None = None) -> PathSession:
-        """See `nbrunner.client.runner.BlockRunner.open_session`: one session for each run of blocks."""
+    def open_session(
+        self,
+        edits: Edits | None = None,
+        start: int = 0,
+        end: int | None = None,
+        adapter: SpanAdapter | None = None,
+    ) -> PathSession:
+        """See `nbrunner.client.runner.BlockRunner.open_session`: one session for each run of blocks.
+
+        Adapters go by the numbers of the model's own blocks, wherever those stand in the path.
+        """
         self._check_open()
-        session = PathSession(self.inner, parts_of(self.entries, start, end), self._like, edits)
+        session = PathSession(self.inner, parts_of(self.entries, start, end), self._like, edits, adapter)
         self._sessions.add(session)
         return session
 
@@ -82,6 +93,7 @@ class PathRunner:
         positions: torch.Tensor | None = None,
         capture: bool = False,
         edits: Edits | None = None,
+        learned: Learned | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
         """As `nbrunner.client.autograd.run_blocks`; gradients reach the modules' parameters too.
 
@@ -102,6 +114,7 @@ class PathRunner:
                     positions=positions,
                     capture=capture,
                     edits=part.edits(edits, after_first=True),
+                    learned=learned,
                 )
                 captured += states or ()
             else:
@@ -119,6 +132,7 @@ class PathRunner:
         positions: torch.Tensor | None = None,
         capture: bool = False,
         edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
         measure: Measure | None = None,
         lens: Callable[[], Lens] | None = None,
     ) -> ForwardOutput:
@@ -126,7 +140,7 @@ class PathRunner:
         self._check_open()
         if measure is not None:
             raise UserInputError("servers measure no paths: take the states (output_hidden_states=True)")
-        tape = Tape((Segment(start, end, hidden),), mask, positions, edits)
+        tape = Tape((Segment(start, end, hidden),), mask, positions, edits, adapter)
         captured: list[torch.Tensor] = []
         passes: list[Pass] = []
         with torch.no_grad():
@@ -140,6 +154,7 @@ class PathRunner:
                         positions=positions,
                         capture=capture,
                         edits=part.edits(edits),
+                        adapter=adapter and adapter.within(part.start, part.end),
                     )
                     hidden = output.hidden
                     captured += output.captured or ()
@@ -150,9 +165,18 @@ class PathRunner:
                     hidden = part(hidden.to(self._like)).to(hidden)
         return ForwardOutput(hidden, captured if capture else None, tape, tuple(passes))
 
-    def backward(self, tape: Tape, grad: torch.Tensor | None, captured: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    def backward(
+        self,
+        tape: Tape,
+        grad: torch.Tensor | None,
+        captured: Mapping[int, torch.Tensor],
+        *,
+        adapter_grads: bool = False,
+        input_grad: bool = True,
+    ) -> Gradients:
         """See `nbrunner.client.runner.BlockRunner.backward`; runs the path again, for its inner states."""
         (whole,) = tape.segments
+        learned = None if tape.adapter is None else differentiable(tape.adapter, adapter_grads)
         with torch.enable_grad():
             entered = whole.hidden.detach().requires_grad_()
             output, states = self.run(
@@ -163,13 +187,26 @@ class PathRunner:
                 positions=tape.positions,
                 capture=bool(captured),
                 edits=tape.edits,
+                learned=learned,
             )
             ends = [] if grad is None else [(output, grad)]
             ends += [(states[place - whole.start], one) for place, one in captured.items()] if states else []
+            tensors = dict(learned.tensors) if learned is not None and adapter_grads else {}
+            wanted = [entered, *tensors.values()]
             if not ends:
-                return torch.zeros_like(entered)
-            (found,) = torch.autograd.grad([end for end, _ in ends], entered, [one for _, one in ends])
-        return found
+                found: Sequence[torch.Tensor] = [torch.zeros_like(one) for one in wanted]
+            else:
+                found = torch.autograd.grad(
+                    [end for end, _ in ends],
+                    wanted,
+                    [one for _, one in ends],
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+        adapters: dict[int, dict[str, torch.Tensor]] = {}
+        for (block, name), one in zip(tensors, found[1:], strict=True):
+            adapters.setdefault(block, {})[name] = one
+        return Gradients(found[0], adapters)
 
     def close(self) -> None:
         """Close the path's sessions; the model's swarm goes on."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.client.journal import length_after
 from nbrunner.client.path import BlockRun, Part
@@ -42,10 +43,17 @@ class PathSession:
         Modules are given hidden states of its dtype, on its device.
     edits
         Of the path's states.
+    adapter
+        Of the model's blocks, by their own numbers.
     """
 
     def __init__(
-        self, inner: BlockRunner, parts: Sequence[Part], like: torch.Tensor, edits: Edits | None = None
+        self,
+        inner: BlockRunner,
+        parts: Sequence[Part],
+        like: torch.Tensor,
+        edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
     ) -> None:
         self.length = 0
         self._before = 0
@@ -53,7 +61,9 @@ class PathSession:
         self._like = like
         self._edits = edits or Edits()
         self._sessions: dict[int, RunnerSession] = {
-            part.place: inner.open_session(part.edits(edits), part.start, part.end)
+            part.place: inner.open_session(
+                part.edits(edits), part.start, part.end, adapter and adapter.within(part.start, part.end)
+            )
             for part in parts
             if isinstance(part, BlockRun)
         }

@@ -11,9 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
+from nbrunner.blocks.shadows import ShadowedLayers
 from nbrunner.client.autograd import Composed, no_gradient_through, run_blocks
 from nbrunner.client.edits import Edit
+from nbrunner.client.lora import Learned, learned_in
 from nbrunner.client.remote_cache import RemoteCache
 from nbrunner.client.runner import BlockRunner
 from nbrunner.errors import SessionError, UserInputError
@@ -64,6 +67,7 @@ class Probe(Protocol):
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
         edits: Edits,
+        adapter: SpanAdapter | None,
     ) -> torch.Tensor: ...
 
 
@@ -121,7 +125,17 @@ class RemoteLayers(nn.Module):
         self.num_blocks = num_blocks
         self.runner: BlockRunner | None = None
         self.inserted: nn.ModuleList | None = None
+        # in a tuple: as a module of this one it would contain itself
+        self._shadows: tuple[ShadowedLayers, ...] = ()
         self.omits_positions = False
+
+    def look_for_adapters(self, shadows: ShadowedLayers) -> None:
+        """Where PEFT puts what is to be learned."""
+        self._shadows = (shadows,)
+
+    def learned(self) -> Learned | None:
+        """The adapters that are active now; `UserInputError` for what cannot run on servers."""
+        return learned_in(self._shadows[0]) if self._shadows else None
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes what the outer model gives its first layer, returns what leaves the last."""
@@ -130,8 +144,11 @@ class RemoteLayers(nn.Module):
         if runner is None or call is None:
             raise SessionError("this model has left its swarm; load it again with from_pretrained")
         positions = self._positions(call, hidden, kwargs.get("position_ids"))
+        learned = self.learned()
         wants_gradient = torch.is_grad_enabled() and (
-            hidden.requires_grad or (isinstance(runner, Composed) and runner.trains)
+            hidden.requires_grad
+            or (isinstance(runner, Composed) and runner.trains)
+            or (learned is not None and learned.trains)
         )
         cache = call.cache
         if cache is not None and call.cache_is_implicit and wants_gradient:
@@ -142,11 +159,13 @@ class RemoteLayers(nn.Module):
             cache = None
         if current.probe is not None:
             edits = call.edits or Edits()
-            return current.probe.run(runner, edits.apply(hidden, 0), call.mask, positions, edits)
+            adapter = None if learned is None else learned.named().adapter
+            return current.probe.run(runner, edits.apply(hidden, 0), call.mask, positions, edits, adapter)
         edits, past = call.edits or Edits(), cache.get_seq_length() if cache is not None else 0
         # the ends of the chain are in our hands: gradients flow through these edits by themselves
         hidden = edits.apply(hidden, 0, past)
-        output = self._run(runner, call, cache, hidden, positions, edits.within(1, runner.num_blocks))
+        between = edits.within(1, runner.num_blocks)
+        output = self._run(runner, call, cache, hidden, positions, between, learned)
         output = edits.apply(output, runner.num_blocks, past)
         return no_gradient_through(hidden, output) if wants_gradient and cache is not None else output
 
@@ -158,6 +177,7 @@ class RemoteLayers(nn.Module):
         hidden: torch.Tensor,
         positions: torch.Tensor | None,
         edits: Edits,
+        learned: Learned | None,
     ) -> torch.Tensor:
         if cache is None:
             output, call.captured = run_blocks(
@@ -169,6 +189,7 @@ class RemoteLayers(nn.Module):
                 positions=positions,
                 capture=call.capture,
                 edits=edits or None,
+                learned=learned,
             )
             return output
         with torch.no_grad():
@@ -178,6 +199,7 @@ class RemoteLayers(nn.Module):
                 mask=call.mask,
                 positions=positions,
                 capture=call.capture,
+                learned=learned,
             )
             output = output.to(hidden)
             call.captured = captured and [state.to(hidden) for state in captured]

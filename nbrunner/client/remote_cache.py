@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from transformers import Cache
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.client.edits import Edit
-from nbrunner.client.runner import RunnerSession, StepResult
+from nbrunner.client.lora import Learned
+from nbrunner.client.runner import BlockRunner, RunnerSession, StepResult
 from nbrunner.client.step_times import StepTime
 from nbrunner.errors import SessionError, UserInputError
 from nbrunner.protocol.messages import CacheOp
@@ -31,6 +33,11 @@ class _Holder:
         session, self.session = self.session, None
         if session is not None:
             session.close()
+
+
+def session_opener(runner: BlockRunner) -> Callable[[Edits | None, SpanAdapter | None], RunnerSession]:
+    """Opens sessions over all blocks of a runner."""
+    return lambda edits, adapter: runner.open_session(edits, adapter=adapter)
 
 
 class RemoteCache(Cache):  # type: ignore[misc]
@@ -56,7 +63,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
 
     def __init__(
         self,
-        open_session: Callable[[Edits | None], RunnerSession],
+        open_session: Callable[[Edits | None, SpanAdapter | None], RunnerSession],
         num_blocks: int,
         *,
         length: int = 0,
@@ -70,6 +77,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self._ops: list[CacheOp] = []
         self._repeat_next = 1
         self._unfilled = ""
+        self._learned: Hashable = None
         self.ids: torch.Tensor | None = None
         self.planned_edits = tuple(planned_edits)
         self.edits: Edits | None = None
@@ -220,9 +228,13 @@ class RemoteCache(Cache):  # type: ignore[misc]
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
         capture: bool,
+        learned: Learned | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-        """Append tokens; parameters as in `RunnerSession.step`, and ``ids`` [rows, tokens] if they are known."""
-        session = self._ready(hidden)
+        """Append tokens; parameters as in `RunnerSession.step`, and ``ids`` [rows, tokens] if they are known.
+
+        ``learned`` is what adapts the blocks now; it must be the same at every step.
+        """
+        session = self._ready(hidden, learned)
         length, tokens = self._length, hidden.shape[1]
         copies = self._copies(hidden, mask, positions) if length == 0 else 1
         began = time.perf_counter()
@@ -250,16 +262,26 @@ class RemoteCache(Cache):  # type: ignore[misc]
         """Free the caches on the servers; the cache cannot be used any more."""
         self._finalizer()
 
-    def _ready(self, hidden: torch.Tensor) -> RunnerSession:
+    def _ready(self, hidden: torch.Tensor, learned: Learned | None) -> RunnerSession:
         if self._unfilled:
             raise SessionError(self._unfilled)
         if self._holder.closed:
             raise SessionError("this cache is closed: its generate() call or session has ended")
         if self._length and self._rows != hidden.shape[0]:
             raise UserInputError(f"the cache holds {self._rows} rows, the input has {hidden.shape[0]}")
+        signature = None if learned is None else learned.signature
         if self._holder.session is None:
             between = self.edits and self.edits.within(1, self._num_blocks)
-            self._holder.session = self._open_session(between or None)
+            adapter = None if learned is None else learned.copied()
+            for one in adapter.blocks.values() if adapter is not None else ():
+                _ = one.digest  # here, because hashing takes its time
+            self._holder.session = self._open_session(between or None, adapter)
+            self._learned = signature
+        elif signature != self._learned:
+            raise SessionError(
+                "these caches were begun with another adapter, or the adapter has been trained since: begin new "
+                "ones (generate without session, or open another with model.inference_session())"
+            )
         return self._holder.session
 
     def _copies(self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> int:

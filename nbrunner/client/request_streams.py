@@ -42,6 +42,7 @@ class RequestStreams:
         self._node = node
         self._idle: defaultdict[str, list[tuple[float, Stream]]] = defaultdict(list)
         self._limits: dict[str, Limits] = {}
+        self._features: dict[str, frozenset[str]] = {}
         self._nonces = itertools.count(1)
         self._closed = False
 
@@ -55,6 +56,10 @@ class RequestStreams:
         if peer not in self._limits:
             self._put_back(await self._open(peer))
         return self._limits[peer]
+
+    def features(self, peer: str) -> frozenset[str]:
+        """Optional abilities of a peer whose `limits` have been asked for."""
+        return self._features.get(peer, frozenset())
 
     async def ask(
         self, peer: str, message: AnyMessage, tensors: Sequence[RawTensor], expected: type[Answer]
@@ -144,6 +149,7 @@ class RequestStreams:
     async def _open(self, peer: str) -> Stream:
         stream = await self._node.open_stream(peer)
         self._limits[peer] = stream.welcome.limits
+        self._features[peer] = frozenset(stream.welcome.features)
         return stream
 
     def _take_idle(self, peer: str) -> Stream | None:

@@ -15,8 +15,12 @@ from dataclasses import dataclass, field, replace
 import msgspec
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.measuring import join_rows, measure_states
+from nbrunner.blocks.passes import SpanGradient
+from nbrunner.client.adapter_grads import AdapterSums, beside_adapter, most_adapted, take_adapter_grads
+from nbrunner.client.adapters import AdapterSender
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.measuring import (
     MeasuredPart,
@@ -28,8 +32,8 @@ from nbrunner.client.measuring import (
     most_rows,
     take_measured,
 )
-from nbrunner.client.request_streams import RequestStreams
-from nbrunner.client.runner import Carry, ForwardOutput, Pass, Segment, Tape
+from nbrunner.client.request_streams import Answer, RequestStreams
+from nbrunner.client.runner import Carry, ForwardOutput, Gradients, Pass, Segment, Tape
 from nbrunner.client.session import SessionOptions
 from nbrunner.client.watch import note_pass
 from nbrunner.errors import (
@@ -86,6 +90,7 @@ class BlockRequests:
         self.options = options
         self._directory = connection.directory
         self._streams = RequestStreams(connection.node)
+        self.adapters = AdapterSender(self._streams, model)
 
     async def close(self) -> None:
         await self._streams.close()
@@ -100,13 +105,14 @@ class BlockRequests:
         positions: torch.Tensor | None,
         capture: bool,
         edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
     ) -> ForwardOutput:
         """As `nbrunner.client.runner.BlockRunner.forward`.
 
         Raises
         ------
         UserInputError
-            A sequence that no server takes in one piece.
+            A sequence that no server takes in one piece, or an adapter over the servers' limits.
         MissingBlocksError
             Nobody could be found for some blocks within the retry budget.
         BadPeerDataError
@@ -114,11 +120,11 @@ class BlockRequests:
         """
         check_finite(hidden, "hidden states")
         entry = Segment(start, end, hidden.detach())
-        way = await self._forward(entry, _Extras(mask, positions, capture, edits))
+        way = await self._forward(entry, _Extras(mask, positions, capture, edits, adapter=adapter))
         return ForwardOutput(
             way.output.hidden,
             way.captured if capture else None,
-            Tape(tuple(way.segments), mask, positions, edits),
+            Tape(tuple(way.segments), mask, positions, edits, adapter),
             tuple(way.passes),
         )
 
@@ -132,6 +138,7 @@ class BlockRequests:
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
         edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
         limit: int,
     ) -> tuple[ForwardOutput, list[MeasuredPart], Request]:
         """A forward pass that is measured; what servers without a lens leave out is for the caller to add.
@@ -143,7 +150,7 @@ class BlockRequests:
         check_request(measure, start, end, hidden.shape[1])
         check_size(measure, hidden.detach(), lenses=self.lenses(start, end), limit=limit)
         entry, request = Segment(start, end, hidden.detach()), Request(measure)
-        extras = _Extras(mask, positions, False, edits, None if measure.final else request)
+        extras = _Extras(mask, positions, False, edits, None if measure.final else request, adapter=adapter)
         way = await self._forward(entry, extras)
         passes, parts = list(way.passes), list(way.measured)
         if measure.final:
@@ -151,14 +158,15 @@ class BlockRequests:
             final = last[:, measure.positions] if measure.positions else last
             request = Request(measure, final)
             for segment in way.segments:
-                again = await self._forward(segment, _Extras(mask, positions, False, edits, request, False))
+                second = replace(extras, request=request, reply=False)
+                again = await self._forward(segment, second)
                 passes += again.passes
                 parts += again.measured
         if measure.layers[0] == start:
             asked = request.own(start)
             state = (edits or Edits()).apply(hidden.detach(), start)
             parts.insert(0, MeasuredPart(asked, measure_states({start: state}, asked, final=request.final)))
-        tape = Tape(tuple(way.segments), mask, positions, edits)
+        tape = Tape(tuple(way.segments), mask, positions, edits, adapter)
         return ForwardOutput(way.output.hidden, None, tape, tuple(passes)), parts, request
 
     def lenses(self, start: int, end: int) -> bool:
@@ -172,24 +180,41 @@ class BlockRequests:
         return entry is not None and LENS in entry.record.features
 
     async def backward(
-        self, tape: Tape, grad: torch.Tensor | None, captured: Mapping[int, torch.Tensor]
-    ) -> torch.Tensor:
+        self,
+        tape: Tape,
+        grad: torch.Tensor | None,
+        captured: Mapping[int, torch.Tensor],
+        *,
+        adapter_grads: bool = False,
+        input_grad: bool = True,
+    ) -> Gradients:
         """As `nbrunner.client.runner.BlockRunner.backward`; errors as `forward`."""
         carry: Carry = {}
+        adapters = AdapterSums()
+        # below the first block that learns something nobody needs a gradient
+        first = 0 if input_grad or tape.adapter is None or not adapter_grads else min(tape.adapter.blocks)
         for one in (grad, *captured.values()):
             if one is not None:
                 check_finite(one, "the gradient")
         for segment in reversed(tape.segments):
+            if segment.end <= first:
+                break
             inner = sorted(block for block in captured if segment.start < block < segment.end)
             for part in reversed(await self._cut(segment, inner, tape)):
                 if grad is not None:
-                    grad, carry = await self._backward(part, tape, grad, carry)
+                    found = await self._backward(part, tape, grad, carry, adapter_grads)
+                    grad, carry = found.hidden, found.carry
+                    adapters.add(found.adapters)
                 if part.start in captured:
                     # what was captured is the edited state; ``grad`` is with respect to the state before its edits
                     extra = captured[part.start]
                     extra = tape.edits.pull_back(extra, part.start) if tape.edits else extra
                     grad = extra if grad is None else grad + extra
-        return torch.zeros_like(tape.segments[0].hidden) if grad is None else grad
+        if adapter_grads and tape.adapter is not None:
+            adapters.fill(tape.adapter)
+        if not input_grad:
+            return Gradients(None, adapters.found)
+        return Gradients(torch.zeros_like(tape.segments[0].hidden) if grad is None else grad, adapters.found)
 
     # -- passes --------------------------------------------------------------------------------------------------
 
@@ -201,7 +226,10 @@ class BlockRequests:
             for hop in await retry.plan(at.start, entry.end):
                 try:
                     limits = await self._streams.limits(hop.peer)
-                    last = min(hop.end, at.start + self._most_blocks(hop.peer, at, limits, extras))
+                    most = self._most_blocks(hop.peer, at, limits, extras)
+                    last = min(
+                        hop.end, at.start + min(most, most_adapted(extras.adapter, at.start, hop.end, limits))
+                    )
                     part = Segment(at.start, last, at.hidden, at.carry)
                     needed = extras if last < entry.end else replace(extras, last=True)
                     answer = await self._ask_forward(hop.peer, limits, part, needed)
@@ -238,27 +266,31 @@ class BlockRequests:
         parts: list[Segment] = []
         for block in blocks:
             piece = Segment(segment.start, block, segment.hidden, segment.carry)
-            way = await self._forward(piece, _Extras(tape.mask, tape.positions, False, tape.edits))
+            extras = _Extras(tape.mask, tape.positions, False, tape.edits, adapter=tape.adapter)
+            way = await self._forward(piece, extras)
             parts += way.segments
             segment = Segment(block, segment.end, way.output.hidden, way.output.carry)
         return [*parts, segment]
 
     async def _backward(
-        self, part: Segment, tape: Tape, grad: torch.Tensor, grad_carry: Carry
-    ) -> tuple[torch.Tensor, Carry]:
+        self, part: Segment, tape: Tape, grad: torch.Tensor, grad_carry: Carry, adapter_grads: bool
+    ) -> SpanGradient:
         retry = _Retry(self)
         while True:
             hops = await retry.plan(part.start, part.end)
             if len(hops) > 1:
                 # nobody holds all of it any more: run it again over those who do, and go back through each
                 pieces = await self._cut(part, [hop.start for hop in hops[1:]], tape)
+                adapters = AdapterSums()
                 for piece in reversed(pieces):
-                    grad, grad_carry = await self._backward(piece, tape, grad, grad_carry)
-                return grad, grad_carry
+                    found = await self._backward(piece, tape, grad, grad_carry, adapter_grads)
+                    grad, grad_carry = found.hidden, found.carry
+                    adapters.add(found.adapters)
+                return SpanGradient(grad, dict(grad_carry), adapters.found)
             peer = hops[0].peer
             try:
                 limits = await self._streams.limits(peer)
-                result = await self._ask_backward(peer, limits, part, tape, grad, grad_carry)
+                result = await self._ask_backward(peer, limits, part, tape, grad, grad_carry, adapter_grads)
             except PeerError as error:
                 await retry.failed(peer, error)
             else:
@@ -287,7 +319,7 @@ class BlockRequests:
                 tensors.append(pack("final", extras.request.final[rows].to(self.dtype)))
             wanted = part.hidden[rows].shape
             request = Forward(self.model, part.start, part.end, capture, ops, asked, reply)
-            result, answer = await self._streams.ask(peer, request, tensors, ForwardResult)
+            result, answer = await self._ask(peer, request, tensors, ForwardResult, extras.adapter, rows.start)
             compute += result.timing.compute
             sent += sum(tensor.spec.nbytes for tensor in tensors)
             received += sum(tensor.spec.nbytes for tensor in answer.values())
@@ -311,29 +343,63 @@ class BlockRequests:
         return _Answer(hidden, carry, joined, found, done)
 
     async def _ask_backward(
-        self, peer: str, limits: Limits, part: Segment, tape: Tape, grad: torch.Tensor, grad_carry: Carry
-    ) -> tuple[torch.Tensor, Carry]:
-        gradients, carries = [], []
+        self,
+        peer: str,
+        limits: Limits,
+        part: Segment,
+        tape: Tape,
+        grad: torch.Tensor,
+        grad_carry: Carry,
+        adapter_grads: bool,
+    ) -> SpanGradient:
+        gradients, carries, adapters = [], [], AdapterSums()
         began, compute, sent, received = time.perf_counter(), 0.0, 0, 0
-        for rows in row_groups(part, limits, copies_in=2):
+        adapter = tape.adapter.within(part.start, part.end) if tape.adapter is not None else None
+        wanted_of = adapter if adapter_grads else None
+        for rows in row_groups(part, beside_adapter(limits, wanted_of), copies_in=2):
             ops, vectors = _edits(tape.edits, part, rows)
-            request = Backward(self.model, part.start, part.end, ops)
+            request = Backward(self.model, part.start, part.end, ops, adapter_grads=wanted_of is not None)
             tensors = _inputs(part, rows, tape.mask, tape.positions) + vectors
             tensors.append(pack("grad", grad[rows]))
             tensors += [pack(f"grad_carry.{index}", tensor[rows]) for index, tensor in grad_carry.items()]
             wanted = part.hidden[rows].shape
-            result, answer = await self._streams.ask(peer, request, tensors, BackwardResult)
+            result, answer = await self._ask(peer, request, tensors, BackwardResult, adapter, rows.start)
             compute += result.timing.compute
             sent += sum(tensor.spec.nbytes for tensor in tensors)
             received += sum(tensor.spec.nbytes for tensor in answer.values())
             try:
                 gradients.append(take(answer, "grad", dtype=self.dtype, shape=list(wanted)))
                 carries.append(_take_carry(answer, "grad_carry.", wanted))
+                if wanted_of is not None:
+                    adapters.add(take_adapter_grads(answer, wanted_of))
             except BadPeerDataError as error:
                 raise BadPeerDataError(f"peer {short_peer(peer)}: {error}", peer=peer) from None
         seconds = time.perf_counter() - began
         note_pass(Pass(peer, part.start, part.end, compute, seconds, sent, received, backward=True))
-        return torch.cat(gradients), _join(carries)
+        return SpanGradient(torch.cat(gradients), dict(_join(carries)), adapters.found)
+
+    async def _ask(
+        self,
+        peer: str,
+        request: Forward | Backward,
+        tensors: Sequence[RawTensor],
+        expected: type[Answer],
+        adapter: SpanAdapter | None,
+        row: int,
+    ) -> tuple[Answer, Mapping[str, RawTensor]]:
+        """One request, its adapter sent before where the server lacks it; ``row`` is its first in the batch."""
+        use = await self.adapters.ensure(peer, adapter, request.start, request.end, row=row)
+        if use is None:
+            return await self._streams.ask(peer, request, tensors, expected)
+        try:
+            named = msgspec.structs.replace(request, adapter=use)
+            return await self._streams.ask(peer, named, tensors, expected)
+        except PeerRefusedError as error:
+            if error.code != "adapter":
+                raise
+            self.adapters.forget(peer)
+        use = await self.adapters.ensure(peer, adapter, request.start, request.end, row=row)
+        return await self._streams.ask(peer, msgspec.structs.replace(request, adapter=use), tensors, expected)
 
 
 @dataclass(frozen=True)
@@ -347,6 +413,7 @@ class _Extras:
     request: Request | None = None
     reply: bool = True
     last: bool = False
+    adapter: SpanAdapter | None = None
 
 
 @dataclass(frozen=True)

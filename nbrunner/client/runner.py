@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lens import Lens
 from nbrunner.protocol.measure import Measure
@@ -103,6 +104,23 @@ class Tape:
     positions: torch.Tensor | None
     edits: Edits | None = None
     watch: PassWatch | None = None
+    adapter: SpanAdapter | None = None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass gives.
+
+    Attributes
+    ----------
+    hidden
+        With respect to the input of the first block; None if nobody wanted it.
+    adapters
+        By block, then by the tensor's name (`nbrunner.blocks.adapters.BlockAdapter.tensors`).
+    """
+
+    hidden: torch.Tensor | None
+    adapters: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,8 +189,16 @@ class BlockRunner(Protocol):
     def dtype(self) -> torch.dtype:
         """Of hidden states, in and out; all tensors are on the CPU."""
 
-    def open_session(self, edits: Edits | None = None, start: int = 0, end: int | None = None) -> RunnerSession:
+    def open_session(
+        self,
+        edits: Edits | None = None,
+        start: int = 0,
+        end: int | None = None,
+        adapter: SpanAdapter | None = None,
+    ) -> RunnerSession:
         """A session over blocks ``[start, end)``, by default all, whose steps make the edits of their states.
+
+        The adapter is used as it is now: its tensors must not change any more.
 
         Nothing happens before its first step.
         """
@@ -187,6 +213,7 @@ class BlockRunner(Protocol):
         positions: torch.Tensor | None = None,
         capture: bool = False,
         edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
         measure: Measure | None = None,
         lens: Callable[[], Lens] | None = None,
     ) -> ForwardOutput:
@@ -197,14 +224,24 @@ class BlockRunner(Protocol):
         edits
             Those at states ``[start, end)`` are made, and seen in what is captured; those at ``end`` are seen in
             what is measured, and left to the caller to make in ``hidden``.
+        adapter
+            Of these blocks, by their numbers.
         measure
             What to measure of states ``start + 1`` to ``end``, and of state 0; not together with ``capture``.
         lens
             Called where a server that has none would be needed.
         """
 
-    def backward(self, tape: Tape, grad: torch.Tensor | None, captured: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Gradient with respect to the input of a traced forward pass.
+    def backward(
+        self,
+        tape: Tape,
+        grad: torch.Tensor | None,
+        captured: Mapping[int, torch.Tensor],
+        *,
+        adapter_grads: bool = False,
+        input_grad: bool = True,
+    ) -> Gradients:
+        """Gradients of a traced forward pass.
 
         Parameters
         ----------
@@ -214,6 +251,10 @@ class BlockRunner(Protocol):
             Gradient of the output; None for zero.
         captured
             Block → gradient with respect to that block's input, where captured states were used.
+        adapter_grads
+            Whether those of the tape's adapter are wanted.
+        input_grad
+            Whether that of the first block's input is wanted.
         """
 
     def close(self) -> None:

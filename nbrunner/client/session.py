@@ -16,9 +16,12 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
+from nbrunner.client.adapters import AdapterSender
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.history import History, Snapshot
 from nbrunner.client.hop import Arrival, HopStream, Inbox
@@ -102,6 +105,8 @@ class ChainSession:
         Blocks ``[start, end)``.
     edits
         Made at every step; each server is told its own when it joins, so that its successor makes them too.
+    adapter, sender
+        Used at every step, and who brings it to servers; its tensors must not change.
     """
 
     def __init__(
@@ -112,12 +117,15 @@ class ChainSession:
         end: int,
         options: SessionOptions | None = None,
         edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
+        sender: AdapterSender | None = None,
     ) -> None:
         self.model = model
         self.options = options or SessionOptions()
         self.stats = SessionStats()
         self.closed = False
         self._edits = edits or Edits()
+        self._adapter, self._sender = adapter, sender
         self._connection = connection
         self._directory = connection.directory
         self._journal = Journal(start, end)
@@ -499,7 +507,23 @@ class ChainSession:
     async def _open_hop(self, hop: ChainHop, upstream: str | None) -> HopStream:
         ops, vectors = self._edits.packed(hop.start, hop.end)
         request = OpenSession(hop.session, self.model, hop.start, hop.end, upstream, ops)
-        return await HopStream.open(self._connection.node, hop.peer, request, self._inbox, vectors)
+        node = self._connection.node
+        if self._adapter is None or self._sender is None:
+            return await HopStream.open(node, hop.peer, request, self._inbox, vectors)
+        try:
+            return await HopStream.open(
+                node, hop.peer, await self._with_adapter(hop, request), self._inbox, vectors
+            )
+        except PeerRefusedError as error:
+            if error.code != "adapter":
+                raise
+            self._sender.forget(hop.peer)
+        return await HopStream.open(node, hop.peer, await self._with_adapter(hop, request), self._inbox, vectors)
+
+    async def _with_adapter(self, hop: ChainHop, request: OpenSession) -> OpenSession:
+        assert self._sender is not None  # noqa: S101 - looked at by `_open_hop`
+        use = await self._sender.ensure(hop.peer, self._adapter, hop.start, hop.end)
+        return msgspec.structs.replace(request, adapter=use)
 
     async def _open_new_hops(self) -> None:
         new = [hop for hop in self._journal.hops if hop.session not in self._hops]

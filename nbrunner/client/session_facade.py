@@ -13,7 +13,7 @@ import torch
 
 from nbrunner.client.edits import Edit
 from nbrunner.client.inputs import check_ids, check_length, check_mask, planned_length, position_limit
-from nbrunner.client.remote_cache import RemoteCache
+from nbrunner.client.remote_cache import RemoteCache, session_opener
 from nbrunner.client.step_times import StepTime
 from nbrunner.errors import SessionError, UserInputError
 
@@ -48,7 +48,7 @@ class Session:
         self._mask: torch.Tensor | None = None
         self._busy = threading.Lock()
         runner = model.runner
-        self._cache = RemoteCache(runner.open_session, runner.num_blocks, planned_edits=edits)
+        self._cache = RemoteCache(session_opener(runner), runner.num_blocks, planned_edits=edits)
 
     # -- what it holds -------------------------------------------------------------------------------------------
 

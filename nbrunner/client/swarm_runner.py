@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.measuring import MAX_ASKED_BYTES, LensSource, finish
 from nbrunner.client.requests import BlockRequests
-from nbrunner.client.runner import ForwardOutput, Tape
+from nbrunner.client.runner import ForwardOutput, Gradients, Tape
 from nbrunner.client.session import ChainSession, SessionOptions
 from nbrunner.client.travel import StepOutput
 from nbrunner.client.watch import current_watch, waiting
@@ -61,10 +62,18 @@ class SwarmRunner:
         self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
         self._closing: Future[None] | None = None
 
-    def open_session(self, edits: Edits | None = None, start: int = 0, end: int | None = None) -> SwarmSession:
+    def open_session(
+        self,
+        edits: Edits | None = None,
+        start: int = 0,
+        end: int | None = None,
+        adapter: SpanAdapter | None = None,
+    ) -> SwarmSession:
         """A session over blocks ``[start, end)``, by default all; servers are chosen with its first step."""
         end = self.num_blocks if end is None else end
-        chain = ChainSession(self.swarm, self.model, start, end, self.options, edits)
+        chain = ChainSession(
+            self.swarm, self.model, start, end, self.options, edits, adapter, self._requests.adapters
+        )
         session = SwarmSession(self._engine, chain)
         self._sessions.add(session)
         return session
@@ -79,6 +88,7 @@ class SwarmRunner:
         positions: torch.Tensor | None = None,
         capture: bool = False,
         edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
         measure: Measure | None = None,
         lens: LensSource | None = None,
         limit: int = MAX_ASKED_BYTES,
@@ -89,7 +99,14 @@ class SwarmRunner:
             with waiting(watch):
                 output = self._engine.run(
                     self._requests.forward(
-                        hidden, start, end, mask=mask, positions=positions, capture=capture, edits=edits
+                        hidden,
+                        start,
+                        end,
+                        mask=mask,
+                        positions=positions,
+                        capture=capture,
+                        edits=edits,
+                        adapter=adapter,
                     )
                 )
             # autograd runs the way back of a GPU's graph in a thread of its own, which has no context of ours
@@ -98,7 +115,15 @@ class SwarmRunner:
             raise UserInputError("states are captured or measured, not both: ask the measure for hidden")
         output, parts, request = self._engine.run(
             self._requests.measured(
-                hidden, start, end, measure, mask=mask, positions=positions, edits=edits, limit=limit
+                hidden,
+                start,
+                end,
+                measure,
+                mask=mask,
+                positions=positions,
+                edits=edits,
+                adapter=adapter,
+                limit=limit,
             )
         )
         # in this thread, not in the engine's: looking through a lens takes its time
@@ -109,10 +134,20 @@ class SwarmRunner:
         """Whether servers that can look through a lens hold all the blocks."""
         return self._requests.lenses(0, self.num_blocks)
 
-    def backward(self, tape: Tape, grad: torch.Tensor | None, captured: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    def backward(
+        self,
+        tape: Tape,
+        grad: torch.Tensor | None,
+        captured: Mapping[int, torch.Tensor],
+        *,
+        adapter_grads: bool = False,
+        input_grad: bool = True,
+    ) -> Gradients:
         """See `nbrunner.client.runner.BlockRunner.backward`."""
         with waiting(tape.watch):
-            return self._engine.run(self._requests.backward(tape, grad, captured))
+            return self._engine.run(
+                self._requests.backward(tape, grad, captured, adapter_grads=adapter_grads, input_grad=input_grad)
+            )
 
     def release(self) -> None:
         """Close sessions and leave the swarm, without waiting for it."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.checkpoint import Checkpoint
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lens import Lens
@@ -102,6 +103,7 @@ class _ServersProbe:
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
         edits: Edits,
+        adapter: SpanAdapter | None,
     ) -> torch.Tensor:
         assert isinstance(runner, SwarmRunner)  # noqa: S101 - `_is_measured_there` has looked
         lens, last = self._lens, self._num_blocks
@@ -112,6 +114,7 @@ class _ServersProbe:
             mask=mask,
             positions=positions,
             edits=edits.within(1, last + 1) or None,
+            adapter=adapter,
             measure=self._measure,
             lens=None if lens is None else lambda: lens,
             limit=self._limit,
@@ -139,6 +142,7 @@ class _Probe:
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
         edits: Edits,
+        adapter: SpanAdapter | None,
     ) -> torch.Tensor:
         last = self._num_blocks
         between = edits.within(1, last)
@@ -150,6 +154,7 @@ class _Probe:
             positions=positions,
             capture=True,
             edits=between or None,
+            adapter=adapter,
         )
         self.passes = result.passes
         needed = {layer - back for layer in self._measure.layers for back in (0, 1)} | {last}

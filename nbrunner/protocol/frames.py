@@ -20,7 +20,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 from nbrunner.errors import BadPeerDataError
-from nbrunner.protocol.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES
+from nbrunner.protocol.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES, MAX_TENSORS
 from nbrunner.protocol.messages import AnyMessage
 
 Buffer = bytes | bytearray | memoryview
@@ -59,7 +59,7 @@ class RawTensor(NamedTuple):
 
 
 _HEADER_DECODER = msgspec.msgpack.Decoder(
-    tuple[AnyMessage, Annotated[list[TensorSpec], msgspec.Meta(max_length=64)]]
+    tuple[AnyMessage, Annotated[list[TensorSpec], msgspec.Meta(max_length=MAX_TENSORS)]]
 )
 _ENCODER = msgspec.msgpack.Encoder()
 

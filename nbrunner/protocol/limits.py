@@ -10,6 +10,9 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_FRAME_BYTES = 64 << 20
 """A frame's tensors. 4,096 tokens of hidden 8192 in bf16. Larger work travels in parts."""
 
+MAX_TENSORS = 4096
+"""Tensors of one frame: adapters of many blocks travel in one."""
+
 MAX_RECORD_BYTES = 4096
 """A signed DHT record. A usual one has 0.7 kB."""
 
@@ -36,6 +39,12 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
         Bytes of KV caches and transcripts over all sessions of the server.
     pending_parts
         Parts of steps one session may have waiting.
+    adapter_rank
+        Highest rank of a low-rank change.
+    adapter_bytes
+        Bytes of adapters that one peer may keep here; over all peers it is four times as much.
+    prompt_tokens
+        Longest prompt of a block.
     """
 
     frame_bytes: int = MAX_FRAME_BYTES
@@ -45,3 +54,6 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     sessions: int = 32
     cache_bytes: int = 4 << 30
     pending_parts: int = 256
+    adapter_rank: int = 256
+    adapter_bytes: int = 256 << 20
+    prompt_tokens: int = 4096

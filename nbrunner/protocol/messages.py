@@ -21,7 +21,7 @@ VERSION = 1
 STREAM = "nbrunner/1"
 """Name of the libp2p stream protocol: one handler for everything."""
 
-FEATURES: tuple[str, ...] = ("chain", "capture", "carry", "parts", "edits", "measure")
+FEATURES: tuple[str, ...] = ("chain", "capture", "carry", "parts", "edits", "measure", "adapters")
 """Optional abilities of this version, exchanged in `Hello` and `Welcome`."""
 
 RefusalCode = Literal[
@@ -36,6 +36,7 @@ RefusalCode = Literal[
     "session",  # no such session here
     "schema",  # bytes that are not a message, or a message out of place
     "data",  # tensors of wrong shape, dtype, or with NaN or infinity
+    "adapter",  # an adapter that is not here: send it, then ask again
     "link",  # the next server of the chain could not be reached
     "draining",  # leaving; takes nothing new
     "internal",  # our fault
@@ -118,6 +119,60 @@ class EditOp(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 _Edits = Annotated[list[EditOp], msgspec.Meta(max_length=1024)]
 
 
+# -- adapters ----------------------------------------------------------------------------------------------------
+
+_Digest = Annotated[bytes, msgspec.Meta(max_length=32)]
+
+
+class LoraPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One low-rank change of the linear module of that name inside a block (`nbrunner.blocks.adapters`)."""
+
+    module: _Text
+    scaling: Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+    dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+
+
+class AdapterPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The adapter of one block. Tensors: ``lora.BLOCK.K.a`` and ``.b`` of the K-th of ``loras``, which are in the
+    order of their modules' names; ``prompt.BLOCK`` if it has one.
+    """
+
+    block: _Block
+    loras: Annotated[list[LoraPart], msgspec.Meta(max_length=1024)] = []
+    prompt: bool = False
+
+
+class PutAdapter(Message, frozen=True):
+    """Keep adapters of some blocks for later requests and sessions, which name them by their digests."""
+
+    model: _Text
+    parts: Annotated[list[AdapterPart], msgspec.Meta(min_length=1, max_length=1024)]
+
+
+class AdapterStored(Message, frozen=True):
+    """The digests of what was put, in the order of its parts."""
+
+    digests: Annotated[list[_Digest], msgspec.Meta(max_length=1024)]
+
+
+class AdapterUse(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """With which adapters blocks are run.
+
+    Attributes
+    ----------
+    blocks
+        A digest for each block of the request's ``[start, end)``; empty for a block that is run as it is.
+    seed
+        While training: what dropout drops follows from it. None: nothing is dropped.
+    first_row
+        Number of the request's first row in the batch that it was cut from.
+    """
+
+    blocks: Annotated[list[_Digest], msgspec.Meta(min_length=1, max_length=4096)]
+    seed: _Number | None = None
+    first_row: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+
+
 # -- sessions ----------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +180,8 @@ class OpenSession(Message, frozen=True):
     """Open an inference session over blocks ``[start, end)``; the stream then belongs to it until it closes.
 
     ``session`` is a random id chosen by the client. ``upstream`` is the server that will push steps here, None
-    if only the client does. ``edits`` (tensors ``edit.N``) are made at every step, as long as the session lives.
+    if only the client does. ``edits`` (tensors ``edit.N``) are made and ``adapter`` is used at every step of the
+    session.
     """
 
     session: _Id
@@ -134,6 +190,7 @@ class OpenSession(Message, frozen=True):
     end: _Block
     upstream: _Peer | None = None
     edits: _Edits = []
+    adapter: AdapterUse | None = None
 
 
 class SessionOpened(Message, frozen=True):
@@ -340,6 +397,7 @@ class Forward(Message, frozen=True):
     edits: _Edits = []
     measure: Measure | None = None
     reply: bool = True
+    adapter: AdapterUse | None = None
 
 
 class ForwardResult(Message, frozen=True):
@@ -354,16 +412,23 @@ class Backward(Message, frozen=True):
     """Gradient of blocks ``[start, end)`` with respect to their input; the forward pass is run again.
 
     Tensors: as `Forward`, and ``grad`` like the output, ``grad_carry.N`` where the carry was used.
+
+    Attributes
+    ----------
+    adapter_grads
+        Also the gradients of the tensors of ``adapter``.
     """
 
     model: _Text
     start: _Block
     end: _Block
     edits: _Edits = []
+    adapter: AdapterUse | None = None
+    adapter_grads: bool = False
 
 
 class BackwardResult(Message, frozen=True):
-    """Tensors: ``grad`` like the input, ``grad_carry.N``."""
+    """Tensors: ``grad`` like the input, ``grad_carry.N``; those of the adapter, named as in `AdapterPart`."""
 
     timing: HopTiming
 
@@ -388,6 +453,8 @@ AnyMessage = (
     | Pong
     | GetInfo
     | Info
+    | PutAdapter
+    | AdapterStored
     | Forward
     | ForwardResult
     | Backward

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from nbrunner.blocks.adapters import wire_name
 from nbrunner.blocks.edits import Edits, take_edits
 from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, PeerUnreachableError, UserInputError
 from nbrunner.protocol.credentials import Terms
@@ -17,6 +18,7 @@ from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.measure import Measure
 from nbrunner.protocol.messages import (
+    AdapterStored,
     AnyMessage,
     Attached,
     AttachSession,
@@ -30,10 +32,12 @@ from nbrunner.protocol.messages import (
     OpenSession,
     Ping,
     Pong,
+    PutAdapter,
     Step,
 )
 from nbrunner.protocol.records import ServerRecord
 from nbrunner.protocol.tensors import pack
+from nbrunner.server.adapters import take_checked
 from nbrunner.server.compute import Urgency
 from nbrunner.server.host import Host
 from nbrunner.server.inputs import CARRY, sizes, take_gradients, take_inputs
@@ -111,9 +115,11 @@ class Handler:
         if request.session in self.sessions:
             raise PeerRefusedError("a session with this id is open here; choose another id", code="session")
         quotas, terms = self.host.quotas, stream.terms or Terms()
+        adapter = self.host.adapters.use(request.adapter, request.start, request.end)
         quotas.open_session(stream.peer, terms, bytes_needed=self._least_bytes(request))
+        self.host.adapters.pin(request.adapter)
         try:
-            session = ServerSession(self.host, stream, request, self._session_edits(request, tensors))
+            session = ServerSession(self.host, stream, request, self._session_edits(request, tensors), adapter)
             self.sessions[session.id] = session
             self.empty.clear()
             logger.info(
@@ -130,6 +136,7 @@ class Handler:
             if not self.sessions:
                 self.empty.set()
             quotas.close_session(stream.peer)
+            self.host.adapters.unpin(request.adapter)
             self._on_change()
             logger.info("session %s closed", request.session[:8])
 
@@ -168,6 +175,8 @@ class Handler:
             await self._forward(stream, message, tensors)
         elif isinstance(message, Backward):
             await self._backward(stream, message, tensors)
+        elif isinstance(message, PutAdapter):
+            await self._put_adapter(stream, message, tensors)
         else:
             raise PeerRefusedError(f"{type(message).__name__} has no place here", code="schema")
 
@@ -179,6 +188,7 @@ class Handler:
         if not message.reply:
             raise PeerRefusedError("a request that wants neither an answer nor a measure", code="schema")
         await self._admit(stream, message.model, message.start, message.end, tensors)
+        adapter = self.host.adapters.use(message.adapter, message.start, message.end)
         span = self.host.span
 
         def run() -> list[RawTensor]:
@@ -192,6 +202,7 @@ class Handler:
                 carry=inputs.carry or None,
                 collect=message.capture,
                 edits=self._edits(message, tensors),
+                adapters=adapter,
             )
             answer = [pack("hidden", output.hidden.to(span.dtype))]
             answer += [pack(f"{CARRY}{index}", tensor) for index, tensor in output.carry.items()]
@@ -209,7 +220,8 @@ class Handler:
         self._check_blocks(message.model, message.start, message.end)
         extra = check_measure(self.host, message, measure, *sizes(tensors))
         await self._admit(stream, message.model, message.start, message.end, tensors, extra)
-        work, more = MeasuredPass(self.host, message, measure, tensors), True
+        adapter = self.host.adapters.use(message.adapter, message.start, message.end)
+        work, more = MeasuredPass(self.host, message, measure, tensors, adapter), True
         while more:
             more, timing = await self._compute(work.advance, began)
             queue, compute = queue + timing.queue, compute + timing.compute
@@ -219,6 +231,7 @@ class Handler:
     async def _backward(self, stream: Stream, message: Backward, tensors: Mapping[str, RawTensor]) -> None:
         began = time.perf_counter()
         await self._admit(stream, message.model, message.start, message.end, tensors)
+        adapter = self.host.adapters.use(message.adapter, message.start, message.end)
 
         def run() -> list[RawTensor]:
             inputs = take_inputs(tensors, self.host.form)
@@ -233,12 +246,25 @@ class Handler:
                 carry=inputs.carry or None,
                 grad_carry=grad_carry or None,
                 edits=self._edits(message, tensors),
+                adapter=adapter,
+                adapter_grads=message.adapter_grads,
             )
             answer = [pack("grad", found.hidden)]
-            return answer + [pack(f"grad_{CARRY}{index}", tensor) for index, tensor in found.carry.items()]
+            answer += [pack(f"grad_{CARRY}{index}", tensor) for index, tensor in found.carry.items()]
+            for block, named in found.adapters.items():
+                answer += [pack(wire_name(block, name), tensor) for name, tensor in named.items()]
+            return answer
 
         answer, timing = await self._compute(run, began)
         await stream.send(BackwardResult(timing), self._fitting(answer))
+
+    async def _put_adapter(self, stream: Stream, message: PutAdapter, tensors: Mapping[str, RawTensor]) -> None:
+        self._check_model(message.model)
+        host = self.host
+        # hashing and checking let go of the interpreter, and must not wait for somebody's long forward pass
+        found = await asyncio.to_thread(take_checked, message, tensors, host.span, host.limits)
+        host.adapters.put(stream.peer, {one.digest: one for one in found})
+        await stream.send(AdapterStored([one.digest for one in found]))
 
     def _edits(self, message: Forward | Backward, tensors: Mapping[str, RawTensor]) -> Edits | None:
         if not message.edits:
@@ -306,12 +332,15 @@ class Handler:
             )
         return answer
 
-    def _check_blocks(self, model: str, start: int, end: int) -> None:
+    def _check_model(self, model: str) -> None:
         if model != self.host.model:
             raise PeerRefusedError(
                 f"you ask for model {model}, this server serves {self.host.model}: another model or revision",
                 code="model",
             )
+
+    def _check_blocks(self, model: str, start: int, end: int) -> None:
+        self._check_model(model)
         if not self.host.span.start <= start < end <= self.host.span.end:
             raise PeerRefusedError(
                 f"blocks [{start}, {end}) are not all here: this server has "

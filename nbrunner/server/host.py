@@ -13,6 +13,7 @@ from nbrunner.blocks.cache import SpanCache
 from nbrunner.blocks.lens import Lens
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.protocol.limits import Limits
+from nbrunner.server.adapters import AdapterStore
 from nbrunner.server.compute import ComputeThread, Done
 from nbrunner.server.inputs import Form
 from nbrunner.server.quotas import Quotas
@@ -71,6 +72,7 @@ class Host:
     speed: Speed
     lens: Lens | None = None
     quotas: Quotas = field(init=False)
+    adapters: AdapterStore = field(init=False)
     traffic: Traffic = field(default_factory=Traffic, init=False)
     form: Form = field(init=False)
     croppable: bool = field(init=False)
@@ -79,6 +81,7 @@ class Host:
 
     def __post_init__(self) -> None:
         self.quotas = Quotas(self.limits)
+        self.adapters = AdapterStore(self.limits)
         self.form = form_of(self.span, self.limits)
         self.croppable = always_croppable(self.span)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import msgspec
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits, take_edits
 from nbrunner.blocks.measuring import join_layers, measure_states
 from nbrunner.errors import PeerRefusedError
@@ -25,7 +26,15 @@ class MeasuredPass:
     Each `advance` is a job of its own for the compute thread: between two of them come the steps of sessions.
     """
 
-    def __init__(self, host: Host, message: Forward, measure: Measure, tensors: Mapping[str, RawTensor]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        message: Forward,
+        measure: Measure,
+        tensors: Mapping[str, RawTensor],
+        adapter: SpanAdapter | None = None,
+    ) -> None:
+        self._adapter = adapter
         self._host, self._message, self._measure, self._tensors = host, message, measure, tensors
         self._inputs: Inputs | None = None
         self._edits = Edits()
@@ -54,6 +63,7 @@ class MeasuredPass:
                 end=stop,
                 carry=self._carry or None,
                 edits=self._edits or None,
+                adapters=self._adapter,
             )
             self._at, self._hidden, self._carry = stop, output.hidden.to(span.dtype), output.carry
             seen = self._edits.apply(self._hidden, stop)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
 from nbrunner.protocol.credentials import Terms
@@ -85,6 +86,7 @@ class ServerSession:
     stream: Stream
     request: OpenSession
     edits: Edits | None = None
+    adapter: SpanAdapter | None = None
     state: SessionState = field(init=False)
     attached: set[Stream] = field(default_factory=set, init=False)
 
@@ -310,6 +312,7 @@ class ServerSession:
                     carry={index: tensor.to(span.device) for index, tensor in inputs.carry.items()} or None,
                     collect=part.capture,
                     edits=self.edits,
+                    adapters=self.adapter,
                 )
                 outputs = {"hidden": output.hidden.to(span.dtype)}
                 outputs.update({f"{CARRY}{index}": tensor for index, tensor in (output.carry or {}).items()})

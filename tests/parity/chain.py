@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.checkpoint import Checkpoint
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.skeleton import load_client_model
@@ -15,7 +16,7 @@ from nbrunner.blocks.span import BlockSpan
 from nbrunner.client.history import History
 from nbrunner.client.model import DistributedModel
 from nbrunner.client.remote import RemoteLayers
-from nbrunner.client.runner import ForwardOutput, Segment, Tape
+from nbrunner.client.runner import ForwardOutput, Gradients, Segment, Tape
 from nbrunner.protocol.messages import CacheOp
 
 
@@ -32,6 +33,7 @@ class LocalSession:
 
     parts: list[tuple[BlockSpan, int, int]]
     edits: Edits | None = None
+    adapter: SpanAdapter | None = None
     history: History = field(default_factory=History)
     replays: int = 0
 
@@ -112,6 +114,7 @@ class LocalSession:
                 carry=carry,
                 collect=capture,
                 edits=self.edits,
+                adapters=self.adapter,
             )
             hidden, carry = output.hidden, output.carry
             captured += output.collected
@@ -127,9 +130,15 @@ class LocalRunner:
         self.dtype = spans[0].dtype
         self.sessions: list[LocalSession] = []
 
-    def open_session(self, edits: Edits | None = None, start: int = 0, end: int | None = None) -> LocalSession:
+    def open_session(
+        self,
+        edits: Edits | None = None,
+        start: int = 0,
+        end: int | None = None,
+        adapter: SpanAdapter | None = None,
+    ) -> LocalSession:
         end = self.num_blocks if end is None else end
-        session = LocalSession(self._parts(start, end, whole=True), edits)
+        session = LocalSession(self._parts(start, end, whole=True), edits, adapter)
         self.sessions.append(session)
         return session
 
@@ -143,6 +152,7 @@ class LocalRunner:
         positions: torch.Tensor | None = None,
         capture: bool = False,
         edits: Edits | None = None,
+        adapter: SpanAdapter | None = None,
     ) -> ForwardOutput:
         segments, captured = [], []
         carry: Mapping[int, torch.Tensor] = {}
@@ -157,12 +167,23 @@ class LocalRunner:
                 carry=carry,
                 collect=True,
                 edits=edits,
+                adapters=adapter,
             )
             captured += output.collected
             hidden, carry = output.hidden, output.carry
-        return ForwardOutput(hidden, captured if capture else None, Tape(tuple(segments), mask, positions, edits))
+        tape = Tape(tuple(segments), mask, positions, edits, adapter)
+        return ForwardOutput(hidden, captured if capture else None, tape)
 
-    def backward(self, tape: Tape, grad: torch.Tensor | None, captured: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    def backward(
+        self,
+        tape: Tape,
+        grad: torch.Tensor | None,
+        captured: Mapping[int, torch.Tensor],
+        *,
+        adapter_grads: bool = False,
+        input_grad: bool = True,
+    ) -> Gradients:
+        adapters: dict[int, dict[str, torch.Tensor]] = {}
         gradient = grad if grad is not None else torch.zeros_like(tape.segments[-1].hidden)
         carried: Mapping[int, torch.Tensor] = {}
         for segment in reversed(tape.segments):
@@ -177,12 +198,15 @@ class LocalRunner:
                 carry=segment.carry,
                 grad_carry=carried,
                 edits=tape.edits,
+                adapter=tape.adapter and tape.adapter.within(segment.start, segment.end),
+                adapter_grads=adapter_grads,
             )
             gradient, carried = found.hidden, found.carry
+            adapters |= found.adapters
             if segment.start in captured:
                 extra = captured[segment.start]
                 gradient = gradient + (tape.edits.pull_back(extra, segment.start) if tape.edits else extra)
-        return gradient
+        return Gradients(gradient, adapters)
 
     def close(self) -> None:
         self.sessions = []
