@@ -2,9 +2,9 @@
 
 PEFT changes a model by looking for modules by name and putting its own in their place. A client has no such
 modules: its blocks are on servers. So its list of layers, which in a forward pass has one member, also holds a
-shadow of every block: the architecture's own layer, whose parameters are all one number seen through strides of zero
-(4 bytes, any shape). PEFT finds ``model.layers.3.self_attn.q_proj``, wraps it, makes real parameters for what is to be
-learned, and saves them under the names that every other program knows. Nobody ever runs a shadow.
+shadow of every block: the architecture's own layer, whose parameters are all one number seen through strides of
+zero (4 bytes, any shape). PEFT finds ``model.layers.3.self_attn.q_proj``, wraps it, makes real parameters for what
+is to be learned, and saves them under the names that every other program knows. Nobody ever runs a shadow.
 
 Not on the meta device: PEFT puts its parameters where the weights of the wrapped module are.
 """

@@ -65,7 +65,7 @@ def beside_adapter(limits: Limits, adapter: SpanAdapter | None) -> Limits:
 
 
 def most_adapted(adapter: SpanAdapter | None, start: int, end: int, limits: Limits) -> int:
-    """How many blocks from ``start`` on have adapters that fill half a frame, as will their gradients; at least 1."""
+    """How many blocks from ``start`` on fill half a frame with adapters, and so with gradients; at least one."""
     half, held = min(limits.frame_bytes, MAX_FRAME_BYTES) // 2, 0
     for block in range(start, end):
         one = adapter.blocks.get(block) if adapter is not None else None

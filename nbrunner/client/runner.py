@@ -103,8 +103,8 @@ class Tape:
     mask: torch.Tensor | None
     positions: torch.Tensor | None
     edits: Edits | None = None
-    watch: PassWatch | None = None
     adapter: SpanAdapter | None = None
+    watch: PassWatch | None = None
 
 
 @dataclass(frozen=True)

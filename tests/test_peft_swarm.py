@@ -1,0 +1,361 @@
+"""LoRA over real servers: adapters travel once, gradients come back, whoever fails on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import peft
+import pytest
+import torch
+from client_models import GREEDY, left_padded, prompt, save_plain, without_end
+from helpers import wait_until
+from inprocess_swarm import ROOMY, InProcessSwarm, spoiled
+from test_peft_local import assert_same, config, fill
+from transformers import AutoModelForCausalLM
+
+import nbrunner
+from nbrunner.blocks.passes import SpanGradient
+from nbrunner.errors import MissingBlocksError, PeerRefusedError, SessionError, UserInputError
+from nbrunner.server.runner import BlockServer
+from nbrunner.swarm.loop import EngineLoop
+
+pytestmark = [pytest.mark.network, pytest.mark.timeout(180)]
+
+IDS, MASK = prompt(4, 12, seed=6), left_padded(4, 12)
+LABELS = IDS.masked_fill(MASK == 0, -100)
+PADDED: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_plain("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path) -> Iterator[InProcessSwarm]:
+    swarm = InProcessSwarm(folder)
+    swarm.add(0, 2)
+    yield swarm
+    swarm.close()
+
+
+@pytest.fixture(autouse=True)
+def _only_the_first_stays(swarm: InProcessSwarm) -> Iterator[None]:
+    yield
+    for server in swarm.servers[1:]:
+        swarm.remove(server)
+
+
+@pytest.fixture
+def ours(folder: Path, swarm: InProcessSwarm) -> Iterator[Any]:
+    model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(folder, invite=swarm.invite, retry_budget=4.0)
+    without_end(model)
+    adapted = peft.get_peft_model(model, config()).eval()
+    fill(adapted)
+    yield adapted
+    model.close()
+
+
+@pytest.fixture
+def plain(folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    without_end(model)
+    adapted = peft.get_peft_model(model, config()).eval()
+    fill(adapted)
+    return adapted
+
+
+def gradients(model: Any, *, between: Any = lambda: None) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(**PADDED, labels=LABELS, use_cache=False).loss
+    between()
+    loss.backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def base(model: Any) -> Any:
+    return model.base_model.model
+
+
+def bytes_sent(model: Any) -> int:
+    return base(model).runner._requests.adapters.bytes_sent
+
+
+def size(model: Any) -> int:
+    return sum(one.numel() * one.element_size() for name, one in model.named_parameters() if "lora_" in name)
+
+
+@contextmanager
+def spoiled_gradients(server: BlockServer, factor: float) -> Iterator[list[int]]:
+    """A server whose gradients of adapters are multiplied on their way out."""
+    span, used = server.host.span, []
+    backward = span.backward
+
+    def changed(*args: Any, **kwargs: Any) -> SpanGradient:
+        used.append(1)
+        found = backward(*args, **kwargs)
+        adapters = {
+            block: {name: one * factor for name, one in named.items()} for block, named in found.adapters.items()
+        }
+        return SpanGradient(found.hidden, found.carry, adapters)
+
+    span.backward = changed
+    try:
+        yield used
+    finally:
+        del span.backward
+
+
+def test_gradients_over_two_servers(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    assert_same(gradients(ours), gradients(plain))
+
+
+def test_an_adapter_is_sent_once_for_each_change(swarm: InProcessSwarm, ours: Any) -> None:
+    swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    gradients(ours)
+    assert bytes_sent(ours) == size(ours)
+    gradients(ours)
+    ours.generate(**PADDED, **GREEDY)
+    assert bytes_sent(ours) == size(ours)
+    optimizer = torch.optim.SGD([one for one in ours.parameters() if one.requires_grad], lr=0.1)
+    optimizer.step()
+    gradients(ours)
+    assert bytes_sent(ours) == 2 * size(ours)
+    with ours.disable_adapter():
+        gradients_of_nothing = ours(**PADDED, use_cache=False).logits
+    assert not gradients_of_nothing.requires_grad
+    assert bytes_sent(ours) == 2 * size(ours)
+    with torch.no_grad():  # one block changes: only that is sent
+        base(ours).get_submodule("model.layers.3.mlp.up_proj.lora_B.default").weight.data.mul_(2.0)
+    block = sum(
+        one.numel() * 4 for name, one in ours.named_parameters() if "lora_" in name and ".layers.3." in name
+    )
+    gradients(ours)
+    assert bytes_sent(ours) == 2 * size(ours) + block
+
+
+def test_training_in_steps_equals_local(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    losses: list[list[float]] = []
+    for model in (ours, plain):
+        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(**PADDED, labels=LABELS).loss  # use_cache left to its default
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0]
+    # the trained adapter generates at once
+    assert torch.equal(ours.generate(**PADDED, **GREEDY), plain.generate(**PADDED, **GREEDY))
+
+
+def test_generates_with_it_after_a_server_was_replaced(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    first = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    ids = IDS[1:2]
+    with ours.inference_session() as session:
+        begun = ours.generate(ids, max_new_tokens=4, do_sample=False, session=session)
+        swarm.add(2, 4)
+        swarm.seen_by(base(ours))
+        swarm.remove(first)
+        rest = ours.generate(None, max_new_tokens=6, do_sample=False, session=session)
+        assert session.lost
+    expected = plain.generate(ids, max_new_tokens=10, do_sample=False)
+    assert torch.equal(torch.cat([begun, rest], dim=1), expected)
+
+
+def test_lost_between_forward_and_backward(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    first = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+
+    def replace() -> None:
+        swarm.add(2, 4)
+        swarm.seen_by(base(ours))
+        swarm.remove(first)
+
+    assert_same(gradients(ours, between=replace), gradients(plain))
+
+
+def test_replaced_by_two_with_other_borders(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    first = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+
+    def replace() -> None:
+        swarm.add(1, 3)
+        swarm.add(3, 4)
+        swarm.seen_by(base(ours))
+        swarm.remove(first)
+
+    assert_same(gradients(ours, between=replace), gradients(plain))
+
+
+def test_dropout_is_the_same_after_a_loss(swarm: InProcessSwarm, ours: Any, folder: Path) -> None:
+    """The backward pass runs elsewhere, in other pieces and by single rows, and drops what the forward did."""
+    for module in ours.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.4)
+    ours.train()
+    first = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    torch.manual_seed(11)
+    expected = gradients(ours)
+
+    def replace() -> None:
+        narrow = msgspec.structs.replace(ROOMY, batch=1)
+        swarm.add(2, 3, limits=narrow)
+        swarm.add(3, 4)
+        swarm.seen_by(base(ours))
+        swarm.remove(first)
+
+    torch.manual_seed(11)
+    assert_same(gradients(ours, between=replace), expected)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_server_that_dies_in_the_middle(
+    swarm: InProcessSwarm, ours: Any, plain: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying, staying = swarm.add(2, 4), swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    asked: list[int] = []
+    closing: list[Any] = []
+
+    def die(*_: Any, **__: Any) -> Any:
+        asked.append(1)
+        closing.append(EngineLoop.get().submit(dying.close()))  # its streams end without an answer
+        wait_until(lambda: dying.node.closed, what="the server is gone")
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(dying.host.span, where, die)
+    for _ in range(6):  # until the one that dies is asked: which of the two is for the client to choose
+        assert_same(gradients(ours), gradients(plain))
+        if asked:
+            break
+    assert asked
+    closing[0].result(30)
+    swarm.servers.remove(dying)
+    assert staying.host.adapters._held
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_gradients_that_are_not_numbers_are_refused(
+    swarm: InProcessSwarm, ours: Any, plain: Any, factor: float
+) -> None:
+    bad = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    with spoiled_gradients(bad, factor) as used:
+        with pytest.raises(MissingBlocksError, match=r"lora.*NaN or infinity") as caught:
+            gradients(ours)
+        assert bad.node.peer_id[-6:] in str(caught.value)
+        assert used
+        swarm.add(2, 4)
+        assert_same(gradients(ours), gradients(plain))
+        assert set(base(ours).swarm.directory.view.failed) <= {bad.node.peer_id}
+
+
+def test_hidden_states_that_are_not_numbers_are_refused(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    bad = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    with spoiled(bad, lambda hidden: hidden * float("nan")):
+        with pytest.raises(MissingBlocksError, match=bad.node.peer_id[-6:]):
+            gradients(ours)
+        swarm.add(2, 4)
+        assert_same(gradients(ours), gradients(plain))
+
+
+def test_what_a_server_has_forgotten_is_sent_again(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    server = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    gradients(ours)
+    server.host.adapters._held.clear()
+    assert_same(gradients(ours, between=server.host.adapters._held.clear), gradients(plain))
+    server.host.adapters._held.clear()
+    assert torch.equal(ours.generate(**PADDED, **GREEDY), plain.generate(**PADDED, **GREEDY))
+
+
+def test_changed_between_forward_and_backward(swarm: InProcessSwarm, ours: Any) -> None:
+    server = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+
+    def change() -> None:
+        server.host.adapters._held.clear()
+        for name, one in ours.named_parameters():
+            if "lora_B" in name:
+                one.data.add_(1.0)
+
+    with pytest.raises(SessionError, match="before the optimiser's step"):
+        gradients(ours, between=change)
+
+
+def test_small_frames(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    """Adapters and their gradients come in several frames, and blocks in pieces."""
+    block = size(ours) // 4
+    narrow = msgspec.structs.replace(ROOMY, frame_bytes=block + block // 2)
+    swarm.add(2, 4, limits=narrow)
+    swarm.seen_by(base(ours))
+    assert_same(gradients(ours), gradients(plain))
+
+
+def test_limits_are_named(swarm: InProcessSwarm, ours: Any) -> None:
+    rank = swarm.add(2, 4, limits=msgspec.structs.replace(ROOMY, adapter_rank=3))
+    swarm.seen_by(base(ours))
+    with pytest.raises(UserInputError, match="rank 4 in block 2, and the server allows 3"):
+        gradients(ours)
+    with pytest.raises(UserInputError, match="rank 4"):
+        ours.generate(**PADDED, **GREEDY)
+    swarm.remove(rank)
+    small = swarm.add(2, 4, limits=msgspec.structs.replace(ROOMY, adapter_bytes=1000))
+    swarm.seen_by(base(ours))
+    with pytest.raises(PeerRefusedError, match="you may keep 1000 bytes here"):
+        gradients(ours)
+    swarm.remove(small)
+
+
+def test_sessions_pin_what_they_use(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    """The store has room for one version: that of an open session is not the one to go."""
+    half = size(ours) // 2
+    server = swarm.add(2, 4, limits=msgspec.structs.replace(ROOMY, adapter_bytes=half))
+    swarm.seen_by(base(ours))
+    ids = IDS[1:2]
+    with ours.inference_session() as session:
+        ours.generate(ids, max_new_tokens=2, do_sample=False, session=session)
+        held = set(server.host.adapters._held)
+        optimizer = torch.optim.SGD([one for one in ours.parameters() if one.requires_grad], lr=0.1)
+        with torch.no_grad():
+            for one in optimizer.param_groups[0]["params"]:
+                one.mul_(0.5)
+        with pytest.raises(PeerRefusedError, match="you may keep"):
+            gradients(ours)
+        assert set(server.host.adapters._held) == held
+    swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    gradients(ours)
+
+
+def test_a_server_without_adapters_is_passed_over(
+    swarm: InProcessSwarm, ours: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = swarm.add(2, 4)
+    swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    streams = base(ours).runner._requests._streams
+    features = streams.features
+    monkeypatch.setattr(
+        streams, "features", lambda peer: frozenset() if peer == old.node.peer_id else features(peer)
+    )
+    for _ in range(3):
+        assert_same(gradients(ours), gradients(plain))
+    assert not old.host.adapters._held
