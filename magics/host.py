@@ -31,7 +31,7 @@ def host_parser() -> MagicArgumentParser:
     parser.add_argument("--new-swarm", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
-    parser.add_argument("--quantize", default="none")
+    parser.add_argument("--quantize", default="none", metavar="int8|int4|nf4")
     parser.add_argument("--max-memory", metavar="8GB")
     parser.add_argument("--for", dest="for_", metavar="2h")
     parser.add_argument("--name", default="")
@@ -61,7 +61,9 @@ class HostMagics(Magics):
             so many blocks of those. The cell returns at once and shows a card with buttons: pause, resume, drain,
             stop. Running it again shows the same server. ``-o NAME`` leaves the `nbrunner.hosting.HostedServer`.
         --dtype, --threads, --name
-            As for ``nbrunner serve``. --quantize: only none for now.
+            As for ``nbrunner serve``.
+        --quantize int8|int4|nf4
+            Keep the weights of linear layers in 8 or 4 bits; nf4 on GPUs only.
         --colab-consent
             On Colab: that you know its rules.
         """
@@ -72,9 +74,6 @@ class HostMagics(Magics):
             raise in_one_line(error, "%host") from None
 
     def _host(self, arguments: Any) -> None:
-        from nbrunner.hosting import check_quantize
-
-        check_quantize(arguments.quantize)
         invite = self._invite(arguments)
         key = self._key(arguments, invite)
         server = self._servers.get(key)
@@ -92,6 +91,7 @@ class HostMagics(Magics):
             invite=invite,
             device=arguments.device,
             dtype=arguments.dtype,
+            quantize=arguments.quantize,
             max_memory=arguments.max_memory,
             for_=arguments.for_,
             name=arguments.name,

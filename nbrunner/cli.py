@@ -110,6 +110,12 @@ def serve(
     swarm_key: SwarmKeyOption = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[
+        str,
+        typer.Option(
+            "--quantize", help="Keep the weights of linear layers in 8 or 4 bits: none, int8, int4, nf4 (GPUs)."
+        ),
+    ] = "none",
     port: PortOption = 0,
     host: HostOption = "0.0.0.0",  # noqa: S104 - a server is there to be reached; the invite says by whom
     listen: ListenOption = None,
@@ -193,6 +199,7 @@ def serve(
         cache_dir=cache_dir,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         threads=threads,
         listen=addresses,
         announce=announce,

@@ -26,7 +26,14 @@ from nbrunner.child import LocalServer, Spawner, serve_command, start_server
 from nbrunner.errors import InviteError, NBRunnerError, ServerStartError, UserInputError
 from nbrunner.hosting_status import HostStatus, Rates, problems_of, take_status
 from nbrunner.protocol.credentials import Invite, Role, SwarmKey
-from nbrunner.server.options import check_model_path, parse_blocks, parse_bytes, parse_choice, parse_seconds
+from nbrunner.server.options import (
+    check_model_path,
+    check_quantize,
+    parse_blocks,
+    parse_bytes,
+    parse_choice,
+    parse_seconds,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +78,7 @@ def serve(
     device, dtype
         ``auto`` unless given: the first GPU, else the CPU; the dtype the model was saved in.
     quantize
-        Only ``"none"`` for now.
+        Keep the weights of linear layers in 8 or 4 bits: ``"int8"``, ``"int4"``, on GPUs also ``"nf4"``.
     max_memory
         For blocks and caches together, in bytes or as in ``"8GB"``.
     lens
@@ -99,7 +106,7 @@ def serve(
     seconds = _seconds(for_seconds, for_)
     check_colab(private=True, seconds=seconds, consent=consent)
     check_model_path(model)
-    check_quantize(quantize)
+    check_quantize(quantize or "none")
     parsed = Invite.parse(str(invite)) if invite is not None else None
     if parsed is not None and parsed.terms.role != "host":
         raise InviteError(
@@ -111,6 +118,7 @@ def serve(
     for flag, value in (
         ("--device", device),
         ("--dtype", dtype),
+        ("--quantize", quantize),
         ("--max-memory", memory),
         ("--name", name or None),
         ("--threads", threads or None),
@@ -390,15 +398,6 @@ class HostedServer:
 
     def __repr__(self) -> str:
         return self._status.line(self.ends_at)
-
-
-def check_quantize(word: str | None) -> None:
-    """`UserInputError` unless nothing is to be quantised, which is all there is yet."""
-    if word not in (None, "none"):
-        raise UserInputError(
-            f"--quantize {word} is not there yet: blocks are served in the dtype of the model or of --dtype. "
-            "Use --quantize none, and fewer blocks or --dtype bfloat16 to save memory."
-        )
 
 
 def listen_for(invite: Invite | None) -> list[str]:

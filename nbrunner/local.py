@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nbrunner.child import START_SECONDS, LocalServer, Spawner, serve_command, start_server
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.credentials import SwarmKey
-from nbrunner.server.options import PARENTS_FOLDER, check_model_path, parse_blocks
+from nbrunner.server.options import PARENTS_FOLDER, check_model_path, check_quantize, parse_blocks
 
 if TYPE_CHECKING:
     from nbrunner.local_threads import ThreadServer
@@ -43,7 +43,7 @@ class LocalSwarm:
         How many, to share the blocks evenly; or the blocks of each, as in ``["0:3", "3:8", "3:8"]``.
     threads
         Torch threads of each server. They share this machine, so one is right unless there are many cores.
-    dtype, device, cache_bytes
+    dtype, device, quantize, cache_bytes
         As for ``nbrunner serve``; None leaves its default.
     lens
         Let the servers hold the final norm and head too, so that traces are reduced where the states are.
@@ -77,18 +77,21 @@ class LocalSwarm:
         threads: int = 1,
         dtype: str | None = None,
         device: str | None = None,
+        quantize: str | None = None,
         cache_bytes: int | None = None,
         lens: bool = False,
         in_process: bool = False,
     ) -> None:
         check_model_path(str(model))
+        check_quantize(quantize or "none")
         self.model = _model_path(str(model))
         spans = _spans(self.model, servers)
         self.servers: list[LocalServer | ThreadServer] = []
         self._options = ["--threads", str(threads)]
-        for flag, value in (("--dtype", dtype), ("--device", device), ("--cache-memory", cache_bytes)):
+        given = {"dtype": dtype, "device": device, "quantize": quantize, "cache-memory": cache_bytes}
+        for flag, value in given.items():
             if value is not None:
-                self._options += [flag, str(value)]
+                self._options += [f"--{flag}", str(value)]
         if lens:
             self._options.append("--lens")
         self._threads = threads
@@ -97,6 +100,7 @@ class LocalSwarm:
             "threads": threads,
             "dtype": dtype or "auto",
             "device": device or "auto",
+            "quantize": quantize or "none",
             "cache_bytes": cache_bytes,
             "lens": lens,
         }

@@ -129,7 +129,7 @@ def test_whatever_ends_the_kernel_ends_the_server(how):
 def test_mistakes_are_one_line_and_start_nothing(three):
     creator, _, user, _ = three
     for line, words in (
-        ("%host tiny --quantize 4bit", "not there yet"),
+        ("%host tiny --new-swarm --quantize 4bit", "no way to quantise"),
         ("%host tiny --blocks 4:2", "not a range"),
         ("%host tiny --for ever", "length of time"),
         ("%host /no/such/model", "no directory"),

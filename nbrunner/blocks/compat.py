@@ -9,6 +9,7 @@ little more than that, and these names may move in any minor release:
   be a second, slowly diverging copy of them.
 - the classes of one layer's cache: a span keeps caches under absolute layer numbers with an empty placeholder
   (`DummyLayer`) for each layer it does not hold, and replaces the layer that copies its whole content in each step.
+- `Conv1D`: the linear layer of the GPT-2 family, with its weight the other way round.
 
 A release of transformers that moves one of them fails here, at import, and the parity tests say what changed;
 `pyproject.toml` allows the releases whose two ends pass them.
@@ -21,6 +22,7 @@ from typing import Any
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 try:
     from transformers.cache_utils import DummyLayer
@@ -42,6 +44,7 @@ except ImportError:  # before 5.23, where an empty recurrent layer is what masks
 
 __all__ = [
     "CacheLayerMixin",
+    "Conv1D",
     "DummyLayer",
     "DynamicLayer",
     "LinearAttentionCacheLayerMixin",

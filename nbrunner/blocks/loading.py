@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -218,8 +218,12 @@ def load_span_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
+    change: Callable[[Any], None] | None = None,
 ) -> tuple[Any, Architecture]:
     """Load the blocks ``[start, end)`` with what runs before them, and nothing else.
+
+    ``change`` may change the model once it is built and before it takes its weights: what it then has no parameter
+    for is not read.
 
     Raises
     ------
@@ -236,7 +240,7 @@ def load_span_model(
             f"blocks {start}:{end} are not a range inside {checkpoint.name}, "
             f"which has blocks 0:{architecture.num_blocks}"
         )
-    cls = pruned_class(architecture.model_class, start, end, architecture.outside)
+    cls = pruned_class(architecture.model_class, start, end, architecture.outside, change)
     held = None
     if getattr(checkpoint.config, "quantization_config", None) is not None:
         numbers = "|".join(map(str, range(start, end)))

@@ -112,9 +112,21 @@ def changed_class(cls: type, change: Callable[[Any], None], mixins: tuple[type, 
     return type(cls.__name__, (*mixins, cls), body)
 
 
-def pruned_class(cls: type, start: int, end: int, outside: Collection[str] | None = None) -> type:
-    """A subclass of a transformers model class that only has the blocks ``[start, end)``; see `prune`."""
-    return changed_class(cls, lambda model: prune(model, start, end, outside))
+def pruned_class(
+    cls: type,
+    start: int,
+    end: int,
+    outside: Collection[str] | None = None,
+    change: Callable[[Any], None] | None = None,
+) -> type:
+    """A subclass of a transformers model class that only has the blocks ``[start, end)``, changed; see `prune`."""
+
+    def part(model: Any) -> None:
+        prune(model, start, end, outside)
+        if change is not None:
+            change(model)
+
+    return changed_class(cls, part)
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from .cache import SpanCache
 from .checkpoint import Checkpoint
 from .edits import Edits
 from .huge_pages import onto_huge_pages
-from .loading import load_span_model
+from .loading import as_dtype, load_span_model
 from .passes import KeptPass, Leaves, SpanGradient, SpanOutput
+from .quantize import load_quantized
 
 
 @dataclass
@@ -63,7 +64,11 @@ class BlockSpan:
         Of the language model.
     nbytes : int
         Bytes of the parameters and buffers.
+    quantization : str
+        How the weights of linear layers are kept; ``none`` for as they are.
     """
+
+    quantization = "none"
 
     def __init__(self, model: Any, architecture: Any, checkpoint: Checkpoint) -> None:
         self.model = model
@@ -104,6 +109,7 @@ class BlockSpan:
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
+        quantize: str = "none",
     ) -> BlockSpan:
         """Load blocks, reading (and, from a hub, downloading) only the tensors they need.
 
@@ -117,6 +123,8 @@ class BlockSpan:
             Default: what the model was saved in.
         device : torch.device or str
             Where the weights go.
+        quantize : str
+            ``none``, ``int8``, ``int4`` or ``nf4``: see `nbrunner.blocks.quantize`.
 
         Raises
         ------
@@ -127,9 +135,15 @@ class BlockSpan:
         CheckpointError
             For weights that are missing or damaged.
         """
-        model, architecture = load_span_model(checkpoint, start, end, dtype=dtype, device=device)
+        if quantize == "none":
+            model, architecture = load_span_model(checkpoint, start, end, dtype=dtype, device=device)
+        else:
+            chosen = as_dtype(dtype, checkpoint.config)
+            model, architecture = load_quantized(checkpoint, start, end, quantize, dtype=chosen, device=device)
         onto_huge_pages(model)
-        return cls(model, architecture, checkpoint)
+        span = cls(model, architecture, checkpoint)
+        span.quantization = quantize
+        return span
 
     def new_cache(self, start: int | None = None, end: int | None = None) -> SpanCache | None:
         """Empty caches for a session on this span, or on a part of it.

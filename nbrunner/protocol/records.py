@@ -19,6 +19,9 @@ from nbrunner.protocol.limits import MAX_RECORD_BYTES, MAX_RECORD_LIFETIME
 
 ServerState = Literal["joining", "online", "draining", "offline"]
 
+QUANTIZATIONS = ("none", "int8", "int4", "nf4")
+"""How a server can keep the weights of its linear layers."""
+
 _Text = Annotated[str, msgspec.Meta(max_length=200)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Block = Annotated[int, msgspec.Meta(ge=0, le=100_000)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nbrunner.blocks.checkpoint import Checkpoint
+from nbrunner.blocks.quantize import bytes_per_weight, check_kind
 from nbrunner.errors import UserInputError
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,13 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+    quantize: str = "none"
 
 
-def choose_placement(checkpoint: Checkpoint, device: str, dtype: str) -> Placement:
-    """``auto`` made concrete; `UserInputError` for a device or dtype that is not there."""
+def choose_placement(checkpoint: Checkpoint, device: str, dtype: str, quantize: str = "none") -> Placement:
+    """``auto`` made concrete; `UserInputError` for a device, dtype or way to quantise that is not there."""
     chosen_device = _device(device)
+    check_kind(quantize, chosen_device)
     saved = getattr(checkpoint.config, "dtype", None) or torch.float32
     chosen = _dtype(dtype) if dtype != "auto" else saved
     if chosen is torch.float16 and chosen_device.type == "cpu":
@@ -41,7 +44,7 @@ def choose_placement(checkpoint: Checkpoint, device: str, dtype: str) -> Placeme
             logger.warning("float16 is slow on a CPU; bfloat16 is not")
         else:
             chosen = torch.bfloat16
-    return Placement(chosen_device, chosen)
+    return Placement(chosen_device, chosen, quantize)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -70,7 +73,7 @@ def blocks_that_fit(checkpoint: Checkpoint, placement: Placement, most: int | No
     if not names:  # families whose files name layers otherwise than their modules
         names = list(checkpoint.weight_map)
     saved = getattr(checkpoint.config, "dtype", None) or torch.float32
-    scale = placement.dtype.itemsize / saved.itemsize
+    scale = bytes_per_weight(placement.quantize, placement.dtype) / saved.itemsize
     each = max(1.0, checkpoint.tensor_bytes(names) * scale / checkpoint.num_blocks)
     free = free_bytes(placement.device) if most is None else min(most, free_bytes(placement.device))
     count = int(free * MEMORY_SHARE / each)

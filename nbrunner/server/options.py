@@ -11,6 +11,7 @@ from nbrunner.errors import UserInputError
 from nbrunner.protocol.credentials import Invite, SwarmKey
 from nbrunner.protocol.identity import Identity
 from nbrunner.protocol.limits import Limits
+from nbrunner.protocol.records import QUANTIZATIONS
 
 DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 
@@ -38,6 +39,8 @@ class ServerOptions:
         None for a new one.
     device, dtype
         ``auto``: the first GPU, else the CPU; the dtype the model was saved in (bfloat16 for float16 on a CPU).
+    quantize
+        How the weights of linear layers are kept: ``none``, ``int8``, ``int4``, ``nf4`` (GPUs).
     threads
         Of torch, 0 leaves its default.
     cache_bytes
@@ -64,6 +67,7 @@ class ServerOptions:
     cache_dir: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str = "none"
     threads: int = 0
     listen: Sequence[str] = DEFAULT_LISTEN
     announce: Sequence[str] | None = None
@@ -131,3 +135,9 @@ def check_model_path(model: str) -> None:
             f"{model} has no safetensors weights, and nothing that needs pickle is loaded. Save it again with "
             "model.save_pretrained(directory)."
         )
+
+
+def check_quantize(word: str) -> None:
+    """`UserInputError` for a way to quantise that there is not."""
+    if word not in QUANTIZATIONS:
+        raise UserInputError(f"{word!r} is no way to quantise: use {', '.join(QUANTIZATIONS)}")

@@ -177,7 +177,7 @@ class BlockServer:
             checkpoint = resolve_checkpoint(
                 options.model, revision=options.revision, token=options.token, cache_dir=options.cache_dir
             )
-            placement = choose_placement(checkpoint, options.device, options.dtype)
+            placement = choose_placement(checkpoint, options.device, options.dtype, options.quantize)
             if options.blocks is None:
                 return _Opened(checkpoint, placement, None)
             check_blocks(options.blocks, checkpoint)
@@ -251,6 +251,7 @@ class BlockServer:
             state="joining",
             name=self.options.name[:60],
             dtype=str(span.dtype).removeprefix("torch."),
+            quantization=span.quantization,
             version=_version(),
             features=["lens"] if lens is not None else [],
             started=time.time(),
@@ -352,13 +353,16 @@ class BlockServer:
 
 def _load_span(checkpoint: Checkpoint, placement: Placement, blocks: tuple[int, int], *, lens: bool) -> _Loaded:
     began = time.perf_counter()
-    span = BlockSpan.load(checkpoint, *blocks, dtype=placement.dtype, device=placement.device)
+    span = BlockSpan.load(
+        checkpoint, *blocks, dtype=placement.dtype, device=placement.device, quantize=placement.quantize
+    )
     loaded = time.perf_counter()
     speed = measure(span)
     logger.info(
-        "loaded blocks [%d, %d) as %s on %s in %.1f s; %.1f ms per token, %.0f tokens/s in prompts",
+        "loaded blocks [%d, %d) as %s%s on %s in %.1f s; %.1f ms per token, %.0f tokens/s in prompts",
         *blocks,
         str(span.dtype).removeprefix("torch."),
+        "" if span.quantization == "none" else f" with {span.quantization} weights",
         span.device,
         loaded - began,
         speed.step_seconds * 1e3,

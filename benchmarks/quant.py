@@ -1,0 +1,104 @@
+"""Quantised blocks on a CPU against bfloat16: time of a decode step, memory of weights, and accuracy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+import time
+from typing import Any
+
+from benchmarks.models import checkpoint
+from benchmarks.report import Report, Result, interleaved
+
+STEPS = 16
+TEXTS = 40
+KINDS = ("int8", "int4")
+
+
+def run() -> Report:
+    import torch
+
+    torch.set_num_threads(1)
+    return Report("quant", [*_speed_and_memory(torch.bfloat16), *_accuracy()], {"threads": 1, "model": "mid, tiny"})
+
+
+def _speed_and_memory(dtype: Any) -> list[Result]:
+    """Spans of all of ``mid``, in this process: what a server does of a step."""
+    from nbrunner.blocks.checkpoint import resolve_checkpoint
+    from nbrunner.blocks.span import BlockSpan
+
+    found = resolve_checkpoint(checkpoint("mid"))
+    spans = {
+        kind: BlockSpan.load(found, 0, found.num_blocks, dtype=dtype, quantize=kind) for kind in ("none", *KINDS)
+    }
+    times = dict(zip(spans, interleaved([lambda span=span: _step(span) for span in spans.values()]), strict=True))
+    results = [
+        Result(
+            f"mid, decode step of all blocks, {kind} against bfloat16",
+            1000 * times[kind],
+            "ms",
+            1000 * times["none"],
+            times["none"] / times[kind],
+            reach=1.3 if kind == "int8" else None,
+        )
+        for kind in KINDS
+    ]
+    for kind in KINDS:
+        ours, theirs = spans[kind].nbytes / 1e6, spans["none"].nbytes / 1e6
+        reach = 0.6 if kind == "int8" else None
+        results.append(
+            Result(f"mid, memory of {kind} weights", ours, "MB", theirs, ours / theirs, reach, at_most=True)
+        )
+    return results
+
+
+def _step(span: Any) -> float:
+    import torch
+
+    cache, hidden = span.new_cache(), torch.zeros(1, 16, *span.hidden_shape, dtype=span.dtype)
+    span.forward(hidden, cache=cache)
+    seconds = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        span.forward(hidden[:, :1], cache=cache)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _accuracy() -> list[Result]:
+    """Perplexity of the bundled model on text of its own kind from another seed, and error of its logits."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nbrunner import tiny
+    from nbrunner.blocks.checkpoint import resolve_checkpoint
+    from nbrunner.blocks.span import BlockSpan
+    from nbrunner.tiny.corpus import documents
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny.path(), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny.path())
+    seed = random.Random("another than in training").randrange(2**31)
+    texts = [tokenizer(text, return_tensors="pt").input_ids for text in itertools.islice(documents(seed), TEXTS)]
+    found, references, results = resolve_checkpoint("tiny"), [], []
+    for kind in ("none", *KINDS):
+        span = BlockSpan.load(found, 0, found.num_blocks, dtype=torch.float32, quantize=kind)
+        loss, count, error, size = 0.0, 0, 0.0, 0.0
+        for number, ids in enumerate(texts):
+            with torch.no_grad():
+                hidden = span.forward(plain.model.embed_tokens(ids)).hidden
+                logits = plain.lm_head(plain.model.norm(hidden))
+            if kind == "none":
+                references.append(logits)
+            error += float((logits - references[number]).square().sum())
+            size += float(references[number].square().sum())
+            loss += float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+            count += ids.shape[1] - 1
+        perplexity = math.exp(loss / count)
+        if kind == "none":
+            before = perplexity
+        results.append(Result(f"tiny, perplexity, {kind}", perplexity, "", before))
+        if kind != "none":
+            results.append(Result(f"tiny, error of the logits, {kind}, relative", math.sqrt(error / size), ""))
+    return results
