@@ -20,6 +20,7 @@ from transformers import (
 
 import nbrunner
 from nbrunner.blocks import quant_linear, quantize
+from nbrunner.blocks.adapters import BlockAdapter, Lora, SpanAdapter
 from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.quant_linear import CPU_KINDS, QuantLinear, choose_kernel_rows
 from nbrunner.blocks.quantize import load_quantized
@@ -117,8 +118,11 @@ def test_a_span_computes_nearly_the_same_with_less_memory(llama: Path, kind: str
     steps = [packed.forward(hidden[:, at : at + 1], cache=cache).hidden for at in range(7)]
     assert off(torch.cat(steps, 1), output) < 0.02  # kernels take bfloat16
     grad = torch.randn(2, 7, 128)
-    found = packed.backward(hidden, grad).hidden
-    assert off(found, plain.backward(hidden, grad).hidden) < WORST[kind]
+    adapter = SpanAdapter(
+        {1: BlockAdapter({"mlp.up_proj": (Lora(torch.randn(2, 128), torch.randn(256, 2), 0.5),)})}
+    )
+    found = packed.backward(hidden, grad, adapter=adapter, adapter_grads=True)
+    assert off(found.hidden, plain.backward(hidden, grad, adapter=adapter).hidden) < WORST[kind]
     # the reference for the gradient: the same blocks with the unpacked weights put back
     for layer in packed.model.modules():
         for name, child in list(layer.named_children()):
@@ -126,7 +130,10 @@ def test_a_span_computes_nearly_the_same_with_less_memory(llama: Path, kind: str
                 linear = nn.Linear(child.in_features, child.out_features, bias=False)
                 linear.weight = nn.Parameter(child.unpacked(), requires_grad=False)
                 setattr(layer, name, linear)
-    assert off(found, packed.backward(hidden, grad).hidden) < 1e-5
+    exact = packed.backward(hidden, grad, adapter=adapter, adapter_grads=True)
+    assert off(found.hidden, exact.hidden) < 1e-5
+    assert found.adapters[1].keys() == exact.adapters[1].keys()
+    assert all(off(one, exact.adapters[1][name]) < 1e-5 for name, one in found.adapters[1].items())
 
 
 def test_a_restart_reads_what_was_kept_and_not_the_weights(

@@ -19,12 +19,13 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadPeerDataError, UserInputError
 from ..protocol.frames import RawTensor
 from ..protocol.messages import AdapterPart, LoraPart
 from ..protocol.tensors import DTYPE_NAMES, pack, take
+from .compat import Conv1D
+from .quant_linear import QuantLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROMPT = "prompt"
@@ -282,7 +283,7 @@ def linear_widths(layer: nn.Module) -> dict[str, Width]:
     """The linear modules inside a block by name, and their input and output features."""
     found = {}
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, QuantLinear)):
             found[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             found[name] = (module.nx, module.nf)
