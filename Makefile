@@ -10,6 +10,8 @@ NOTEBOOK ?= examples/quickstart.ipynb
 python := $(VENV)/bin/python
 pip_install := $(python) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 inputs := pyproject.toml constraints.txt
+# Jupyter does not start for root, which is who people are in containers, without being told to.
+as_root = $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 # Two pips at once in one environment break it.
@@ -25,7 +27,7 @@ demo: $(VENV)/.lab  ## run the first notebook on a swarm of two server processes
 	$(python) examples/demo.py $(NOTEBOOK) --out build
 
 lab: $(VENV)/.lab  ## open the first notebook in JupyterLab
-	$(python) -m jupyterlab $(NOTEBOOK)
+	$(python) -m jupyterlab $(as_root) $(NOTEBOOK)
 
 test: $(VENV)/.browser  ## run the tests (PYTEST_ARGS="-k journal" to choose)
 	$(python) -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import pkgutil
 import sys
@@ -29,7 +30,8 @@ def main() -> int:
         parser.print_help()
         return 0
     for name in chosen:
-        report = importlib.import_module(f"benchmarks.{name}").run()
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries have to say is not part of the result
+            report = importlib.import_module(f"benchmarks.{name}").run()
         if arguments.json:
             print(report.to_json(), flush=True)
         else:

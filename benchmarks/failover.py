@@ -23,14 +23,16 @@ def run() -> Report:
     ids = prompt("mid", PROMPT)
     half = SHAPES["mid"]["num_hidden_layers"] // 2
     spans = [f"0:{half}", f"{half}:{2 * half}", f"{half}:{2 * half}"]
-    recompute = recompute_seconds(half)
-    stalls = []
+    again = Recomputing(half)
+    stalls, computing = [], []
     with nbrunner.LocalSwarm(model=str(checkpoint("mid")), servers=spans) as swarm:
         remote = remote_model("mid", swarm.invite)
         for _ in range(ROUNDS):
             stalls.append(stall_seconds(remote, swarm, ids))
+            computing.append(again.seconds())
             swarm.add_server(spans[1])
         remote.close()
+    recompute = statistics.median(computing)
     beyond = statistics.median(stalls) - recompute
     return Report(
         "failover",
@@ -43,20 +45,24 @@ def run() -> Report:
     )
 
 
-def recompute_seconds(blocks: int) -> float:
+class Recomputing:
     """Plain transformers: the tokens held at the kill, through the lost blocks."""
-    import torch
 
-    model = local_model("mid").model
-    hidden = torch.randn(1, PROMPT + TOKENS // 2, SHAPES["mid"]["hidden_size"])
-    model.layers = model.layers[:blocks]
-    samples = []
-    with torch.inference_mode():
-        for _ in range(ROUNDS):
+    def __init__(self, blocks: int) -> None:
+        import torch
+
+        self.model = local_model("mid").model
+        self.model.layers = self.model.layers[:blocks]
+        self.hidden = torch.randn(1, PROMPT + TOKENS // 2, SHAPES["mid"]["hidden_size"])
+        self.seconds()
+
+    def seconds(self) -> float:
+        import torch
+
+        with torch.inference_mode():
             began = time.perf_counter()
-            model(inputs_embeds=hidden, use_cache=True)
-            samples.append(time.perf_counter() - began)
-    return statistics.median(samples)
+            self.model(inputs_embeds=self.hidden, use_cache=True)
+            return time.perf_counter() - began
 
 
 def stall_seconds(model: Any, swarm: Any, ids: Any) -> float:

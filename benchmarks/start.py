@@ -96,6 +96,7 @@ def run() -> Report:
                 "client alone joins a running swarm, nothing to first token",
                 median(alone, "seconds"),
                 "s",
+                reference=median(bare, "seconds"),
                 reach=4,
                 at_most=True,
             ),
