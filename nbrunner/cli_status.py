@@ -16,6 +16,8 @@ from nbrunner.swarm.directory import Directory, SwarmView
 from nbrunner.swarm.node import Node
 
 _BAR = 24
+_ROOM_FOR_BARS = 110
+_NO_TERMINAL = 200
 _PING_SECONDS = 2.0
 _COLUMNS = ("server", "blocks", "", "state", "ms/token", "round trip", "cache left", "sessions", "version")
 
@@ -96,6 +98,9 @@ def show(view: SwarmView) -> None:
         return escape(tidy(given))
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_NO_TERMINAL)  # else a pipe gets the 80 columns of a terminal that nobody has
+    drawn = console.width >= _ROOM_FOR_BARS
     models = sorted({entry.record.model for entry in view.servers.values()})
     if not models:
         console.print("Nobody serves anything in this swarm. To: nbrunner serve MODEL --invite INVITE")
@@ -103,7 +108,8 @@ def show(view: SwarmView) -> None:
     for model in models:
         table = Table(title=plain(model), title_justify="left", box=None, pad_edge=False)
         for name in _COLUMNS:
-            table.add_column(name, no_wrap=True)
+            if name or drawn:
+                table.add_column(name, no_wrap=True)
         for peer, entry in _sorted(view):
             record = entry.record
             if record.model != model:
@@ -111,7 +117,7 @@ def show(view: SwarmView) -> None:
             table.add_row(
                 plain(f"{short_peer(peer)} {record.name}".strip()),
                 f"{record.start}:{record.end}",
-                bar(record.start, record.end, record.num_blocks),
+                *([bar(record.start, record.end, record.num_blocks)] if drawn else []),
                 record.state,
                 f"{record.step_seconds * 1e3:.1f}",
                 "?" if entry.round_trip is None else f"{entry.round_trip * 1e3:.0f} ms",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,16 +173,27 @@ def test_a_config_file_gives_defaults_and_options_win(run: Run, tmp_path: Path) 
         assert set(keys) - set(known) <= {"managed"}, command
 
 
-def test_what_others_say_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_others_say_does_not_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ServerRecord(model="tiny@1", num_blocks=8, start=0, end=4, state="online", version="0.1.0")
     nasty = "\x1b[31m[bold]x\u202e"
     record = ServerRecord(
         model=f"a/b; reboot{nasty}@1", num_blocks=8, start=0, end=4, state="online", name=nasty, version=nasty
     )
-    show(SwarmView({Identity.generate().peer_id: ServerEntry(record)}))
+    view = SwarmView({Identity.generate().peer_id: ServerEntry(record)})
+    show(view)
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\u202e" not in shown
     assert "[bold]x" in shown
+    assert "█" in shown
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal of 80 columns: nothing but the picture is left out
+    monkeypatch.setenv("COLUMNS", "80")
+    show(SwarmView({peer: replace(entry, record=plain) for peer, entry in view.servers.items()}))
+    narrow = capsys.readouterr().out
+    assert "█" not in narrow
+    assert not [name for name in ("server", "blocks", "state", "ms/token", "cache left") if name not in narrow]
     assert "nbrunner serve 'a/b; reboot[31m[bold]x' --revision 1 --blocks 4:8 --invite INVITE" in shown
 
 
