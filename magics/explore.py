@@ -11,7 +11,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
 from nbrunner.errors import NBRunnerError, UserInputError
-from nbrunner.magics.errors import in_one_line
+from nbrunner.magics.errors import Interrupted, in_one_line
 from nbrunner.magics.generate import prompt_of
 from nbrunner.magics.options import options, variable_name
 from nbrunner.magics.state import Notebook
@@ -88,33 +88,36 @@ class ExploreMagics(Magics):
 
     def _show(self, prompts: list[str], arguments: Any, where: str) -> None:
         notebook = self._notebook
-
-        def prepare() -> Any:
-            loaded = notebook.load(arguments.model)
-            if not hasattr(loaded.model, "trace"):
-                raise UserInputError(f"{loaded.name} is not a model of nbrunner; it cannot be traced.")
-            from nbrunner.widgets.explorer import explore
-
-            tokens = [int(one) if one.isdecimal() else _unquoted(one) for one in arguments.token]
-            return explore(
-                prompts,
-                loaded.model,
-                top_k=arguments.top_k,
-                layers=arguments.layers,
-                tokens=tokens or None,
-                tokenizer=loaded.tokenizer,
-            )
-
         try:
-            explorer = notebook.worker.submit(prepare).result()
+            loaded = notebook.worker.submit(lambda: notebook.load(arguments.model)).result()
+            explorer = self._explored(prompts, loaded, arguments)
             if arguments.html:
                 explorer.to_html(arguments.html)
         except NBRunnerError as error:
             raise in_one_line(error, where) from None
+        except KeyboardInterrupt:
+            raise Interrupted("nothing was traced") from None
         from IPython.display import display
 
         notebook.store(arguments.out, explorer)
         display(explorer)
+
+    @staticmethod
+    def _explored(prompts: list[str], loaded: Any, arguments: Any) -> Any:
+        """Trace and lay out. In the cell's own thread: an interrupt takes back what was asked of the swarm."""
+        if not hasattr(loaded.model, "trace"):
+            raise UserInputError(f"{loaded.name} is not a model of nbrunner; it cannot be traced.")
+        from nbrunner.widgets.explorer import explore
+
+        tokens = [int(one) if one.isdecimal() else _unquoted(one) for one in arguments.token]
+        return explore(
+            prompts,
+            loaded.model,
+            top_k=arguments.top_k,
+            layers=arguments.layers,
+            tokens=tokens or None,
+            tokenizer=loaded.tokenizer,
+        )
 
 
 def _unquoted(word: str) -> str:

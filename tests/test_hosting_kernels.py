@@ -10,6 +10,8 @@ import pytest
 from helpers import Leftovers, wait_until
 from kernel_client import Kernel, Ran
 
+import nbrunner
+
 pytestmark = [pytest.mark.network, pytest.mark.timeout(300)]
 
 
@@ -124,6 +126,19 @@ def test_whatever_ends_the_kernel_ends_the_server(how):
         wait_until(lambda: not [line for line in before.since() if "ipykernel" not in line], 10, what="all is gone")
     finally:
         kernel.close()
+
+
+def test_on_colab_with_consent_it_serves_and_ends_after_the_stated_time(monkeypatch):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
+    with pytest.raises(nbrunner.NBRunnerError, match="consent=True"):
+        nbrunner.serve("tiny", "0:8", for_seconds=8)
+    with pytest.raises(nbrunner.NBRunnerError, match="must say when it ends"):
+        nbrunner.serve("tiny", "0:8", consent=True)
+    with nbrunner.serve("tiny", "0:8", for_seconds=8, consent=True, threads=1) as server:
+        assert server.state == "online"
+        assert server.ends_at is not None
+        wait_until(lambda: server.state == "ended", 60, what="it has left by itself")
+        assert server.errors == []
 
 
 def test_mistakes_are_one_line_and_start_nothing(three):

@@ -202,6 +202,27 @@ def test_an_interrupt_cancels_a_step_that_nobody_answers(kernel):
     assert kernel.run("%%generate -n 5\nThe capital of France is").status == "ok"
 
 
+def test_an_interrupt_takes_back_a_trace_that_nobody_answers(kernel):
+    assert kernel.run("%explore -o seen The capital of France is").status == "ok"
+    kernel.run("kind = type(seen.model); plain = kind.trace; notebook = get_ipython()._nbrunner_registered[0]")
+    kernel.run("kind.trace = lambda *a, **k: (print('asks', flush=True), plain(*a, **k))[1]")
+    kernel.run("for server in servers: os.kill(server.pid, signal.SIGSTOP)")
+    try:
+        message = kernel.start("%explore The capital of Spain is")
+        while (output := kernel.next_output(message, 30)) is None or "asks" not in output.plain:
+            pass
+        kernel.interrupt()
+        ran = kernel.finish(30)
+        assert ran.status == "error"
+        assert len(ran.traceback) == 1
+        assert "Interrupted:" in ran.traceback[0]
+        assert kernel.run("notebook.worker.submit(lambda: None).result(5)").status == "ok"  # nothing goes on there
+    finally:
+        kernel.run("for server in servers: os.kill(server.pid, signal.SIGCONT)")
+        kernel.run("kind.trace = plain")
+    assert kernel.run("%explore The capital of Spain is").status == "ok"
+
+
 def test_a_lost_server_without_a_spare_is_told_in_one_line(kernel):
     kernel.run("get_ipython()._nbrunner_registered[0].local.servers[1].kill()")
     ran = kernel.run("%%generate -n 5\nThe capital of France is", timeout=90)
