@@ -171,7 +171,7 @@ function curves(layers, lines, { label, low, high, marked, width = 340, height =
   const name = svg("title"); name.textContent = label; picture.append(name);
   for (const value of [low, (low + high) / 2, high]) {
     picture.append(svg("line", { x1: left, x2: width - 10, y1: y(value), y2: y(value), class: "nbx-axis" }));
-    const words = svg("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end" }); words.textContent = shown(value, 2);
+    const words = svg("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end" }); words.textContent = Math.abs(value) >= 1e5 ? value.toExponential(1) : shown(value, 2);
     picture.append(words);
   }
   for (const layer of new Set([first, layers[Math.floor(layers.length / 2)], last])) {

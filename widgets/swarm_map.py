@@ -14,6 +14,7 @@ from nbrunner.widgets.swarm_table import plain_bar, short_count
 _MARGIN = 12
 _LINE = 15
 _LETTER, _CODE_LETTER = 5.5, 6.7  # widths of the small letters, a little more than they take
+_FACTS_LEFT = 100  # beside the longest state
 _MOST_ROWS = 64
 _ONE_OF_TWO = (
     ".nbr-map{container-type:inline-size}.nbr-map-narrow{display:none}"
@@ -204,8 +205,8 @@ def _draw(model: MapModel, y: float, layout: _Layout) -> tuple[list[str], float]
         parts.append(_bar(left, y, width, colour, solid=server.state == "online", title=server.peer))
         y += 16 + _LINE
         lines.append(words(_MARGIN, y - 2, state(server.state), kind=f"small strong {colour}-fill"))
-        for line in wrap(_figures(server), layout.letters(92)):
-            lines.append(words(_MARGIN + 92, y - 2, line, kind="small soft-fill"))
+        for line in wrap(_figures(server), layout.letters(_FACTS_LEFT)):
+            lines.append(words(_MARGIN + _FACTS_LEFT, y - 2, line, kind="small soft-fill"))
             y += _LINE
         y -= 6
     if len(model.servers) > _MOST_ROWS:
