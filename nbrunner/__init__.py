@@ -31,11 +31,13 @@ if TYPE_CHECKING:
         PeerError,
         SessionError,
         SwarmError,
+        TrainingError,
         UserInputError,
     )
     from nbrunner.hosting import serve
     from nbrunner.local import LocalSwarm
     from nbrunner.protocol.credentials import Invite
+    from nbrunner.tuning.finetune import finetune, resume
     from nbrunner.widgets.explorer import explore
 
     __version__: str
@@ -54,10 +56,13 @@ _HOMES = {
     "PeerError": "nbrunner.errors",
     "SessionError": "nbrunner.errors",
     "SwarmError": "nbrunner.errors",
+    "TrainingError": "nbrunner.errors",
     "Trace": "nbrunner.client.trace",
     "UserInputError": "nbrunner.errors",
     "patch_grid": "nbrunner.client.patching",
     "explore": "nbrunner.widgets.explorer",
+    "finetune": "nbrunner.tuning.finetune",
+    "resume": "nbrunner.tuning.finetune",
     "serve": "nbrunner.hosting",
 }
 
@@ -76,10 +81,13 @@ __all__ = [
     "SessionError",
     "SwarmError",
     "Trace",
+    "TrainingError",
     "UserInputError",
     "__version__",
     "explore",
+    "finetune",
     "patch_grid",
+    "resume",
     "serve",
 ]
 

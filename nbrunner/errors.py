@@ -15,6 +15,7 @@
     │   │   └── BadPeerDataError           it sent what it must not send
     │   └── BootstrapError                 no bootstrap address answered
     ├── SessionError                       the session was closed or used wrongly
+    ├── TrainingError                      a training run that could not go on
     └── ServerStartError                   a server process did not come up
 
 Every error carries its facts as fields and ends with what to do next, so that a program can act on it and a
@@ -155,6 +156,23 @@ class BootstrapError(SwarmError):
 
 class SessionError(NBRunnerError):
     """A session that was closed, or used in a way that cannot work."""
+
+
+class TrainingError(NBRunnerError):
+    """A training run that could not go on.
+
+    Attributes
+    ----------
+    step : int
+        Steps that were done.
+    checkpoint : str
+        Where it can be continued from; empty if there is nothing yet.
+    """
+
+    def __init__(self, message: str, *, step: int = 0, checkpoint: str = "") -> None:
+        super().__init__(message)
+        self.step = step
+        self.checkpoint = checkpoint
 
 
 class ServerStartError(NBRunnerError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Collection
@@ -113,22 +114,13 @@ class _Auto:
             num_blocks = checkpoint.num_blocks
             connection = wait_sync(joining)
             wire = wire_dtype(connection, checkpoint)
-            loaded = load_client_model(
-                checkpoint,
-                cls.task,
-                lambda blocks, _: RemoteLayers(blocks),
-                dtype=dtype if dtype is not None else wire,
-                device=device,
-                mixins=(DistributedModel,),
-            )
+            loaded = _load(checkpoint, cls.task, dtype=dtype if dtype is not None else wire, device=device)
         except BaseException:
             with contextlib.suppress(NBRunnerError, CancelledError):
                 wait_sync(engine.submit(wait_sync(joining).leave()))
             raise
-        _freeze(loaded)
         runner = SwarmRunner(connection, checkpoint.uid, num_blocks, wire or loaded.dtype, options)
         loaded.attach(runner)
-        loaded.nbrunner_checkpoint = checkpoint
         weakref.finalize(loaded, runner.release)
         return loaded
 
@@ -158,6 +150,42 @@ class AutoDistributedModelForSequenceClassification(_Auto):
 
     task = "AutoModelForSequenceClassification"
     config_options = frozenset({"num_labels", "id2label", "label2id", "problem_type", "pad_token_id"})
+
+
+def classifier_of(model: Any, **config: Any) -> Any:
+    """A model with a new head for labels on the same servers; it lives no longer than the model does.
+
+    Parameters
+    ----------
+    model
+        Any distributed model.
+    **config
+        As `AutoDistributedModelForSequenceClassification.from_pretrained` takes.
+    """
+    checkpoint = copy.copy(model.nbrunner_checkpoint)
+    checkpoint.config = copy.deepcopy(checkpoint.config)
+    for name, value in config.items():
+        setattr(checkpoint.config, name, value)
+    task = AutoDistributedModelForSequenceClassification.task
+    # a head in bf16 would round most of what an optimiser adds to it away
+    made = _load(checkpoint, task, dtype=torch.float32, device=model.device)
+    made.attach(model.runner)
+    return made
+
+
+def _load(checkpoint: Checkpoint, task: str, *, dtype: Any, device: torch.device | str) -> Any:
+    """The part of a model that stays here, frozen but for a new head; not attached to who runs its blocks."""
+    loaded = load_client_model(
+        checkpoint,
+        task,
+        lambda blocks, _: RemoteLayers(blocks),
+        dtype=dtype,
+        device=device,
+        mixins=(DistributedModel,),
+    )
+    _freeze(loaded)
+    loaded.nbrunner_checkpoint = checkpoint
+    return loaded
 
 
 def wire_dtype(connection: SwarmConnection, checkpoint: Checkpoint) -> torch.dtype | None:

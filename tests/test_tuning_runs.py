@@ -1,0 +1,412 @@
+"""Runs over two spans: the same as on the whole model here, paused, stopped, killed and gone on with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from typing import Any
+
+import peft
+import pytest
+import torch
+from helpers import ROOT, wait_until
+from inprocess_swarm import InProcessSwarm, spoiled
+from tuning_models import (
+    FACTS,
+    REVIEWS,
+    TINY,
+    assert_same_learned,
+    assert_same_losses,
+    distributed,
+    plain,
+    tokenizer,
+    two_spans,
+)
+
+import nbrunner
+from nbrunner.errors import SessionError, TrainingError, UserInputError
+from nbrunner.tuning.hooks import Participant
+from nbrunner.tuning.run import TrainingRun
+
+__all__ = ["distributed", "tokenizer", "two_spans"]
+
+pytestmark = [pytest.mark.network, pytest.mark.timeout(180)]
+
+QUICK: dict[str, Any] = {"method": "prompt", "prompt_tokens": 4, "batch_size": 2, "max_steps": 6, "lr": 1e-2}
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Start runs that are ended afterwards."""
+    runs: list[TrainingRun] = []
+
+    def start(model: Any, data: Any = FACTS, **options: Any) -> TrainingRun:
+        folder = tmp_path / f"run{len(runs)}"
+        runs.append(nbrunner.finetune(model, data, out_dir=folder, **{**QUICK, **options}))
+        return runs[-1]
+
+    start.keep = runs.append  # type: ignore[attr-defined]
+    yield start
+    for run in runs:
+        run.stop()
+        run.control.wait_for(lambda state: state in ("done", "stopped", "failed"), 30)
+
+
+def hold_at(run: TrainingRun, step: int) -> None:
+    """Wait until so many steps are done, and no more are made."""
+    wait_until(lambda: run.step >= step or run.control.ended, 60, what=f"step {step} of {run}")
+    run.pause()
+    assert run.control.wait_for(lambda state: state == "paused", 30), run
+
+
+class PauseAt:
+    """A participant that pauses the run when some step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.run = step, None
+        self.calls: list[str] = []
+
+    def begin(self, parameters: Any, step: int) -> None:
+        self.calls.append(f"begin {step}")
+
+    def before_step(self, parameters: Any, step: int, samples: int) -> None:
+        assert all(one.grad is not None for _, one in parameters)
+        self.calls.append(f"before {step} {samples}")
+
+    def after_step(self, parameters: Any, step: int, samples: int) -> None:
+        self.calls.append(f"after {step}")
+        if step == self.step:
+            wait_until(lambda: self.run is not None)
+            self.run.pause()
+
+    def waits(self, paused: bool) -> None:
+        self.calls.append("waits" if paused else "goes on")
+
+    def end(self, parameters: Any) -> None:
+        self.calls.append("end")
+
+    def participants(self) -> list[Participant]:
+        return [Participant("me", "online", steps=3)]
+
+
+METHODS = {
+    "prompt": {},
+    "prompt, accumulated": {"gradient_accumulation": 2},
+    "p-tuning": {"method": "p-tuning", "lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_learns_what_the_whole_model_here_learns(begin, distributed, name):
+    options = {**METHODS[name], "eval_data": FACTS[:3], "eval_every": 3}
+    run, local = begin(distributed, **options), begin(plain(), **options)
+    run.result(60)
+    local.result(60)
+    assert_same_losses(run, local, within=1e-5)
+    evaluated = dict(local.history.curve("eval_loss"))
+    assert dict(run.history.curve("eval_loss")) == pytest.approx(evaluated, rel=1e-5)
+    assert list(evaluated) == [0, 3, 6]
+    assert_same_learned(run, local)
+    assert evaluated[6] < evaluated[0]
+
+
+def test_it_learns_labels_as_the_whole_model_here(begin, distributed, two_spans):
+    options = {"method": "classify", "eval_data": REVIEWS, "max_steps": 12}
+    ours = nbrunner.AutoDistributedModelForSequenceClassification.from_pretrained(
+        TINY, invite=two_spans.invite, num_labels=2
+    )
+    try:
+        here = plain("AutoModelForSequenceClassification", num_labels=2)
+        here.score.load_state_dict(ours.score.state_dict())
+        run, local = begin(ours, REVIEWS, **options), begin(here, REVIEWS, **options)
+        run.result(60)
+        local.result(60)
+    finally:
+        ours.close()
+    assert run.classes == ("bad", "good")
+    assert run.model.config.id2label == {0: "bad", 1: "good"}
+    assert_same_losses(run, local, within=1e-5)
+    assert_same_learned(run, local)
+    assert run.history["eval_accuracy"] == local.history["eval_accuracy"]
+    # from a model that generates, a classifier on the same servers is made
+    made = begin(distributed, REVIEWS, **options, samples=[REVIEWS[2]["text"]])
+    result = made.result(60)
+    assert result.eval_accuracy == 1.0
+    assert result.answers[-1].texts[0].startswith("good 0.")
+
+
+def test_the_model_itself_stays_as_it_is(begin, distributed, tokenizer):
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    before = distributed(ids, use_cache=False).logits
+    begin(distributed).result(60)
+    assert not any(one.requires_grad for one in distributed.parameters())
+    assert distributed.config.use_cache
+    torch.testing.assert_close(distributed(ids, use_cache=False).logits, before)
+
+
+def test_its_adapter_is_a_peft_directory(begin, distributed, tokenizer):
+    run = begin(distributed)
+    result = run.result(60)
+    loaded = peft.PeftModel.from_pretrained(plain(), result.adapter)
+    ids = tokenizer(FACTS[0]["prompt"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = loaded(input_ids=ids).logits
+        with run.held():
+            found = run.model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    again = begin(distributed, adapter=result.adapter, max_steps=2)
+    assert again.result(60).history["loss"][-1] < run.history["loss"][0]
+
+
+def test_pause_holds_nothing_on_the_servers_and_changes_nothing(begin, distributed, two_spans):
+    hook = PauseAt(3)
+    run = begin(distributed, samples=[FACTS[0]["prompt"]], hooks=[hook])
+    hook.run = run
+    assert run.control.wait_for(lambda state: state == "paused", 60)
+    assert run.step == 3
+    checkpoint = run.checkpoint().result(20)
+    assert checkpoint.name == "checkpoint-000003"
+    assert run.sample().result(20).texts[0]
+    assert run.sample(["7 plus 5 is"]).result(20).step == 3
+    wait_until(lambda: not any(server.host.quotas.sessions for server in two_spans.servers), 10)
+    assert run.progress.participants == (Participant("me", "online", steps=3),)
+    with pytest.raises(TimeoutError, match="step 3 of 6"):
+        run.result(0.1)
+    run.resume()
+    result = run.result(60)
+    straight = begin(distributed)
+    straight.result(60)
+    assert_same_losses(run, straight, within=1e-6)
+    assert [one.when for one in result.answers] == ["before", "during", "during", "after"]
+    assert hook.calls[0] == "begin 0"
+    assert "waits" in hook.calls
+    assert hook.calls[-1] == "end"
+    assert [one for one in hook.calls if one.startswith("after")] == [f"after {step}" for step in range(1, 7)]
+
+
+def test_another_learning_rate_holds_from_the_next_step(begin, distributed):
+    hook = PauseAt(2)
+    run = begin(distributed, hooks=[hook], schedule="constant")
+    hook.run = run
+    run.control.wait_for(lambda state: state == "paused", 60)
+    run.set_lr(1e-3)
+    run.resume()
+    run.result(60)
+    assert run.history["lr"] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert [(mark.step, mark.text) for mark in run.history.marks] == [(2, "learning rate 0.01 → 0.001")]
+    assert run.figure().to_dict()["layout"]["annotations"][0]["hovertext"] == "learning rate 0.01 → 0.001"
+    with pytest.raises(UserInputError, match="lr must be a number"):
+        run.set_lr(-1)
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+def test_stopped_and_gone_on_with_it_comes_to_the_same(begin, distributed, method):
+    options: dict[str, Any] = {"method": method, "max_steps": 8, "lr": 5e-3, "gradient_accumulation": 2}
+    straight = begin(distributed, **options)
+    hook = PauseAt(4)
+    run = begin(distributed, **options, hooks=[hook], samples=["Velmora"])
+    hook.run = run
+    run.control.wait_for(lambda state: state == "paused", 60)
+    run.set_lr(2e-3)
+    straight.result(60)
+    run.stop()
+    assert run.result(30).state == "stopped"
+    with pytest.raises(SessionError, match=r"nbrunner\.resume"):
+        run.resume()
+    again = nbrunner.resume(run.folder.path, distributed, lr=5e-3)
+    begin.keep(again)
+    again.result(60)
+    whens = [one.when for one in again.answers]
+    assert (whens[0], whens[-1]) == ("before", "after")
+    assert whens.count("before") == 1
+    assert again.history["step"] == list(range(1, 9))
+    assert_same_losses(again, straight, within=1e-6)
+    assert_same_learned(again, straight, within=1e-5)
+    assert "resumed" in [mark.kind for mark in again.history.marks]
+    with pytest.raises(UserInputError, match="this run is complete after 8 steps"):
+        nbrunner.resume(run.folder.path, distributed)
+    with pytest.raises(UserInputError, match="cannot go on with another rank"):
+        nbrunner.resume(run.folder.path, distributed, rank=4)
+    with pytest.raises(UserInputError, match="give the model that this run teaches"):
+        nbrunner.resume(run.folder.path)
+    longer = nbrunner.resume(run.folder.path, distributed, max_steps=9)
+    begin.keep(longer)
+    assert longer.result(60).steps == 9
+
+
+def test_a_killed_process_loses_nothing(begin, distributed, two_spans, tmp_path):
+    options = {**QUICK, "max_steps": 12, "checkpoint_every": 2}
+    script = textwrap.dedent("""
+        import json, sys, nbrunner
+        model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(sys.argv[1], invite=sys.argv[2])
+        run = nbrunner.finetune(model, json.loads(sys.argv[3]), out_dir=sys.argv[4], **json.loads(sys.argv[5]))
+        run.result()
+    """)
+    folder = tmp_path / "killed"
+    arguments = [str(TINY), str(two_spans.invite), json.dumps(FACTS), str(folder), json.dumps(options)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        done = lambda: len(list(folder.glob("checkpoint-*"))) > 1 or process.poll() is not None  # noqa: E731
+        wait_until(done, 90, what="two checkpoints")
+        assert process.poll() is None, process.stderr.read().decode()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    run = nbrunner.resume(folder, distributed)
+    begin.keep(run)
+    began = run.step
+    assert 2 <= began < 12
+    run.result(60)
+    straight = begin(distributed, **options)
+    straight.result(60)
+    assert run.history["step"] == list(range(1, 13))
+    assert_same_losses(run, straight, within=1e-6)
+    assert_same_learned(run, straight, within=1e-5)
+
+
+@pytest.mark.parametrize("how", ["gone", "bad data"])
+def test_the_only_server_of_some_blocks_fails_and_another_comes(begin, tmp_path, how):
+    swarm = InProcessSwarm(TINY)
+    swarm.add(0, 4)
+    lost = swarm.add(4, 8)
+    model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(TINY, invite=swarm.invite, retry_budget=1.0)
+    try:
+        swarm.seen_by(model)
+        hook = PauseAt(2)
+        run = begin(model, hooks=[hook])
+        hook.run = run
+        run.control.wait_for(lambda state: state == "paused", 60)
+        with spoiled(lost, lambda hidden: hidden * float("nan")):
+            if how == "gone":
+                swarm.remove(lost)
+            run.resume()
+            with pytest.raises(TrainingError, match=r"paused before step 3: .*\[4, 8\)") as why:
+                run.result(60)
+        assert "checkpoint-000002" in str(why.value)
+        assert run.state == "paused"
+        assert run.history.marks[-1].kind == "error"
+        swarm.add(4, 8)
+        run.resume()
+        assert run.result(60).steps == 6
+        straight = begin(model)
+        straight.result(60)
+        assert_same_losses(run, straight, within=1e-6)
+        assert_same_learned(run, straight, within=1e-5)
+    finally:
+        model.close()
+        swarm.close()
+
+
+def test_a_loss_that_is_no_number_ends_it_with_its_checkpoint(begin, distributed):
+    hook = PauseAt(2)
+    run = begin(distributed, hooks=[hook])
+    hook.run = run
+    run.control.wait_for(lambda state: state == "paused", 60)
+    with torch.no_grad():
+        kept = run.parameters[0][1].clone()
+        run.parameters[0][1].fill_(float("inf"))
+    run.resume()
+    with pytest.raises(Exception, match=r"NaN or infinity|no number") as why:
+        run.result(60)
+    assert run.state == "failed"
+    assert run.step == 2
+    assert "checkpoint" in str(why.value)
+    again = nbrunner.resume(run.folder.path, distributed, lr=1e-3)
+    begin.keep(again)
+    again.control.wait_for(lambda state: state != "starting", 60)
+    assert again.result(60).steps == 6
+    assert torch.isfinite(kept).all()
+
+
+def test_awaited_and_interrupted(begin, distributed):
+    run = begin(distributed, max_steps=400)
+
+    async def wait() -> None:
+        task = asyncio.ensure_future(_wait(run))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(wait())
+    assert run.control.wait_for(lambda state: state == "paused", 30)
+    run.resume()
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run.result(60)
+    timer.join()
+    assert run.control.wait_for(lambda state: state == "paused", 30)
+    run.stop()
+    assert asyncio.run(_wait(run)).state == "stopped"
+
+
+async def _wait(run: TrainingRun) -> Any:
+    return await run
+
+
+def test_two_runs_at_once_and_one_of_them_accumulates(begin, distributed):
+    one, two = begin(distributed, max_steps=10), begin(distributed, max_steps=5, gradient_accumulation=3)
+    one.result(60)
+    two.result(60)
+    alone = begin(distributed, max_steps=10)
+    alone.result(60)
+    assert_same_losses(one, alone, within=1e-6)
+    alone = begin(distributed, max_steps=5, gradient_accumulation=3)
+    alone.result(60)
+    assert_same_losses(two, alone, within=1e-6)
+
+
+def test_what_the_notebook_draws_at_random_is_its_own(begin, distributed):
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    run = begin(distributed)
+    run.result(60)
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": []}, "data is empty"),
+        ({"method": "classify"}, "row 0 of data has 'prompt', 'completion'; to classify"),
+        ({"method": "classify", "data": [{"text": "a", "label": 1}]}, "all rows have the label 1"),
+        ({"target_modules": ["q_proj"]}, "target_modules belong to LoRA"),
+        ({"adapter": "nowhere"}, "there is no PEFT adapter in nowhere"),
+        ({"data": ["a b c " * 800]}, r"row 0 of data has \d+ tokens, and the model takes 1020"),
+        ({"eval_data": ["a", 3]}, "row 1 of eval_data is int 3"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(distributed, tmp_path, options, words):
+    data = options.pop("data", FACTS)
+    with pytest.raises(UserInputError, match=words):
+        nbrunner.finetune(distributed, data, out_dir=tmp_path / "run", **{**QUICK, **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_modules_that_do_not_exist_are_answered_with_those_that_do(tmp_path):
+    options = {"method": "lora", "target_modules": ["q_proj", "query"], "out_dir": tmp_path / "run"}
+    with pytest.raises(
+        UserInputError, match="no module 'query' in this model's blocks; target_modules can be down_proj,"
+    ):
+        nbrunner.finetune(plain(), FACTS, **options)
+
+
+def test_lora_on_a_model_here(begin):
+    run = begin(plain(), method="lora", rank=4, dropout=0.1, lr=1e-2)
+    result = run.result(60)
+    assert run.history.last.loss < run.history["loss"][0]
+    assert peft.PeftConfig.from_pretrained(result.adapter).r == 4
+    again = begin(plain(), method="lora", rank=4, dropout=0.1, lr=1e-2)
+    again.result(60)
+    assert_same_losses(run, again, within=0)  # dropout from the seed, whatever else is drawn
