@@ -30,7 +30,7 @@ from tuning_models import (
 )
 
 import nbrunner
-from nbrunner.errors import SessionError, TrainingError, UserInputError
+from nbrunner.errors import NBRunnerError, SessionError, TrainingError, UserInputError
 from nbrunner.tuning.hooks import Participant
 from nbrunner.tuning.run import TrainingRun
 
@@ -99,6 +99,13 @@ METHODS = {
     "prompt": {},
     "prompt, accumulated": {"gradient_accumulation": 2},
     "p-tuning": {"method": "p-tuning", "lr": 1e-3},
+    "lora": {"method": "lora", "lr": 5e-3, "rank": 4},
+    "lora, every module, accumulated": {
+        "method": "lora",
+        "lr": 5e-3,
+        "target_modules": "all-linear",
+        "gradient_accumulation": 2,
+    },
 }
 
 
@@ -141,17 +148,19 @@ def test_it_learns_labels_as_the_whole_model_here(begin, distributed, two_spans)
     assert result.answers[-1].texts[0].startswith("good 0.")
 
 
-def test_the_model_itself_stays_as_it_is(begin, distributed, tokenizer):
+@pytest.mark.parametrize("method", ["prompt", "lora"])
+def test_the_model_itself_stays_as_it_is(begin, distributed, tokenizer, method):
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     before = distributed(ids, use_cache=False).logits
-    begin(distributed).result(60)
+    begin(distributed, method=method).result(60)
     assert not any(one.requires_grad for one in distributed.parameters())
     assert distributed.config.use_cache
     torch.testing.assert_close(distributed(ids, use_cache=False).logits, before)
 
 
-def test_its_adapter_is_a_peft_directory(begin, distributed, tokenizer):
-    run = begin(distributed)
+@pytest.mark.parametrize("method", ["prompt", "lora"])
+def test_its_adapter_is_a_peft_directory(begin, distributed, tokenizer, method):
+    run = begin(distributed, method=method)
     result = run.result(60)
     loaded = peft.PeftModel.from_pretrained(plain(), result.adapter)
     ids = tokenizer(FACTS[0]["prompt"], return_tensors="pt").input_ids
@@ -160,7 +169,7 @@ def test_its_adapter_is_a_peft_directory(begin, distributed, tokenizer):
         with run.held():
             found = run.model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    again = begin(distributed, adapter=result.adapter, max_steps=2)
+    again = begin(distributed, method=method, adapter=result.adapter, max_steps=2)
     assert again.result(60).history["loss"][-1] < run.history["loss"][0]
 
 
@@ -205,9 +214,15 @@ def test_another_learning_rate_holds_from_the_next_step(begin, distributed):
         run.set_lr(-1)
 
 
-@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+@pytest.mark.parametrize("method", ["prompt", "p-tuning", "lora"])
 def test_stopped_and_gone_on_with_it_comes_to_the_same(begin, distributed, method):
-    options: dict[str, Any] = {"method": method, "max_steps": 8, "lr": 5e-3, "gradient_accumulation": 2}
+    options: dict[str, Any] = {
+        "method": method,
+        "max_steps": 8,
+        "lr": 5e-3,
+        "gradient_accumulation": 2,
+        "dropout": 0.2,
+    }
     straight = begin(distributed, **options)
     hook = PauseAt(4)
     run = begin(distributed, **options, hooks=[hook], samples=["Velmora"])
@@ -241,7 +256,7 @@ def test_stopped_and_gone_on_with_it_comes_to_the_same(begin, distributed, metho
 
 
 def test_a_killed_process_loses_nothing(begin, distributed, two_spans, tmp_path):
-    options = {**QUICK, "max_steps": 12, "checkpoint_every": 2}
+    options = {**QUICK, "method": "lora", "max_steps": 12, "checkpoint_every": 2}
     script = textwrap.dedent("""
         import json, sys, nbrunner
         model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(sys.argv[1], invite=sys.argv[2])
@@ -394,12 +409,12 @@ def test_what_is_wrong_is_said_before_anything_starts(distributed, tmp_path, opt
     assert not (tmp_path / "run").exists()
 
 
-def test_modules_that_do_not_exist_are_answered_with_those_that_do(tmp_path):
+def test_modules_that_do_not_exist_are_answered_with_those_that_do(distributed, tmp_path):
     options = {"method": "lora", "target_modules": ["q_proj", "query"], "out_dir": tmp_path / "run"}
     with pytest.raises(
         UserInputError, match="no module 'query' in this model's blocks; target_modules can be down_proj,"
     ):
-        nbrunner.finetune(plain(), FACTS, **options)
+        nbrunner.finetune(distributed, FACTS, **options)
 
 
 def test_lora_on_a_model_here(begin):
@@ -410,3 +425,23 @@ def test_lora_on_a_model_here(begin):
     again = begin(plain(), method="lora", rank=4, dropout=0.1, lr=1e-2)
     again.result(60)
     assert_same_losses(run, again, within=0)  # dropout from the seed, whatever else is drawn
+
+
+def test_a_rank_over_the_limit_of_a_server_is_said(begin, distributed):
+    run = begin(distributed, method="lora", rank=300)
+    with pytest.raises(NBRunnerError, match=r"300.*256|256.*300"):
+        run.result(60)
+    assert run.state == "failed"
+
+
+def test_a_peft_model_is_trained_as_it_is(begin, distributed):
+    torch.manual_seed(0)
+    made = peft.get_peft_model(plain(), peft.LoraConfig(r=4, task_type="CAUSAL_LM", lora_alpha=16))
+    run = begin(made, method="lora", lr=5e-3)
+    run.result(60)
+    assert run.model is made
+    assert run.history["loss"][-1] < run.history["loss"][0]
+    for one in made.parameters():
+        one.requires_grad_(False)
+    with pytest.raises(UserInputError, match="nothing in this PEFT model learns"):
+        begin(made, method="lora")

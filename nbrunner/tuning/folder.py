@@ -60,8 +60,8 @@ class RunFolder:
         folder = cls(Path(path))
         if (folder.path / RUN_FILE).exists():
             raise UserInputError(
-                f"{path} holds a run already: nbrunner.resume({str(path)!r}) goes on with it, another out_dir begins "
-                "one."
+                f"{path} holds a run already: nbrunner.resume({str(path)!r}) goes on with it; another out_dir "
+                "begins one."
             )
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
