@@ -10,7 +10,7 @@ from IPython.core.magic_arguments import magic_arguments, parse_argstring
 
 from nbrunner.errors import UserInputError
 from nbrunner.magics.cell import run_cell
-from nbrunner.magics.options import SAMPLING, SESSION, TARGET, WATERFALL, options
+from nbrunner.magics.options import SAMPLING, SESSION, SPECULATION, TARGET, WATERFALL, options
 from nbrunner.magics.prompts import render
 from nbrunner.magics.state import Notebook
 
@@ -28,7 +28,7 @@ class GenerateMagics(Magics):
 
     @no_var_expand
     @magic_arguments("%generate")  # IPython adds one more % in the help
-    @options(SAMPLING, TARGET, SESSION, WATERFALL)
+    @options(SAMPLING, TARGET, SESSION, SPECULATION, WATERFALL)
     @cell_magic
     def generate(self, line: str, cell: str) -> Any:
         """Continue the text of the cell, over the swarm this notebook is connected to.
@@ -59,7 +59,15 @@ class GenerateMagics(Magics):
             session = None
             if arguments.session:
                 session = notebook.session(loaded, arguments.session, new=arguments.new)
-            return GenerationRun(loaded.model, loaded.tokenizer, prompt, Sampling(**sampling), session=session)
+            return GenerationRun(
+                loaded.model,
+                loaded.tokenizer,
+                prompt,
+                Sampling(**sampling),
+                session=session,
+                speculate=arguments.speculate,
+                draft=notebook.draft(arguments.draft) if arguments.draft else None,
+            )
 
         return run_cell(
             notebook,

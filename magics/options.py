@@ -19,6 +19,15 @@ def variable_name(value: str) -> str:
     return value
 
 
+def speculation(value: str) -> str | int:
+    """``auto``, ``off``, or a number of tokens."""
+    if value in ("auto", "off"):
+        return value
+    if value.isascii() and value.isdecimal() and int(value) <= 64:
+        return int(value)
+    raise argparse.ArgumentTypeError(f"{value!r} is not auto, off, or a number of tokens up to 64")
+
+
 SAMPLING = (
     argument("-n", "--max-new-tokens", type=int, metavar="N", help="at most N new tokens"),
     argument(
@@ -69,6 +78,23 @@ SESSION = (
     argument("--new", action="store_true", help="begin the session NAME again"),
 )
 """Continuing over several cells."""
+
+SPECULATION = (
+    argument(
+        "--speculate",
+        default="auto",
+        type=speculation,
+        metavar="auto|off|N",
+        help="guess tokens and have the chain check several in one trip: as many as pay off, none, or always N",
+    ),
+    argument(
+        "--draft",
+        metavar="MODEL",
+        help="a small model of the same vocabulary that guesses, in this process: a variable, a directory, or "
+        "tiny; without it the text is looked up in itself",
+    ),
+)
+"""Several tokens for one trip through the chain."""
 
 WATERFALL = (argument("--waterfall", action="store_true", help="show where the time of a typical token went"),)
 """What is shown besides the text."""

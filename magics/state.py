@@ -65,6 +65,7 @@ class Notebook:
         self.connection: SwarmConnection | None = None
         self._models: dict[str, LoadedModel] = {}
         self._sessions: dict[tuple[str, str], Any] = {}
+        self._drafts: dict[str, Any] = {}
         self.conversations: dict[tuple[str, str], Conversation] = {}
         self.fits = LocalFits()
         self.map: MapKeeper | None = None
@@ -278,6 +279,27 @@ class Notebook:
         if served:
             raise UserInputError(f"this swarm serves {', '.join(served)}: choose one with -m.")
         raise UserInputError("nobody in this swarm serves a model yet: %swarm status shows who is there.")
+
+    def draft(self, name: str) -> Any:
+        """A small model in this process that guesses for another. Seconds, the first time."""
+        value = self.shell.user_ns.get(name)
+        if value is not None:
+            if not (callable(value) and hasattr(value, "config")):
+                raise UserInputError(f"the variable {name!r} holds no model that could guess.")
+            return value
+        if name not in self._drafts:
+            from transformers import AutoModelForCausalLM
+
+            import nbrunner.tiny
+
+            source = nbrunner.tiny.path() if name == BUNDLED else Path(name).expanduser()
+            if not source.is_dir():
+                raise UserInputError(f"--draft {name}: no variable, and no directory of a model, is called so.")
+            try:
+                self._drafts[name] = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True)
+            except (OSError, ValueError) as error:
+                raise UserInputError(f"--draft {name} cannot be loaded: {error}") from None
+        return self._drafts[name]
 
     def served_models(self) -> list[str]:
         """Models in the directory's view, as names that `load` takes. Reads what is known; asks nobody."""

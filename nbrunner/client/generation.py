@@ -27,6 +27,7 @@ from nbrunner.client.receipt import make_receipt, model_facts
 from nbrunner.client.reroute import Reroute, reroutes
 from nbrunner.client.result import Chain, Finish, Generation, Timings, Token
 from nbrunner.client.sampling import Sampling
+from nbrunner.client.speculation import Speculation
 from nbrunner.client.step_times import StepTime, TokenTime, token_time
 from nbrunner.errors import SessionError, UserInputError
 from nbrunner.swarm.loop import EngineLoop, Handle
@@ -65,6 +66,8 @@ def start_generation(
     beams: int = 1,
     min_new_tokens: int = 0,
     session: Any = None,
+    speculate: str | int = "off",
+    draft: Any = None,
 ) -> GenerationHandle:
     """Start generating and return at once.
 
@@ -81,6 +84,8 @@ def start_generation(
         would, without touching torch's global generator.
     session
         ``model.inference_session()`` to continue; it stays open.
+    speculate, draft
+        See ``generate`` of distributed models; ``"auto"`` does nothing for models in this process.
 
     Returns
     -------
@@ -93,7 +98,8 @@ def start_generation(
         For an empty or too long prompt, or values that cannot be used; nothing was started.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, beams, min_new_tokens)
-    return GenerationHandle(GenerationRun(model, tokenizer, prompt, sampling, session=session))
+    run = GenerationRun(model, tokenizer, prompt, sampling, session=session, speculate=speculate, draft=draft)
+    return GenerationHandle(run)
 
 
 class GenerationRun:
@@ -110,7 +116,10 @@ class GenerationRun:
         sampling: Sampling,
         *,
         session: Any = None,
+        speculate: str | int = "off",
+        draft: Any = None,
     ) -> None:
+        self._speculation = _speculation(model, sampling, speculate, draft)
         self.sampling = sampling
         if sampling.temperature > 0 and sampling.seed is None:
             self.sampling = Sampling(**{**vars(sampling), "seed": secrets.randbits(32)})
@@ -212,6 +221,7 @@ class GenerationRun:
             earlier_chains=earlier,
             reroutes=lost,
             times=tuple(self._times),
+            rounds=self._speculation.window.rounds if self._speculation is not None else 0,
             receipt=make_receipt(
                 self._facts,
                 self._connection,
@@ -278,6 +288,9 @@ class GenerationRun:
             else:
                 chooser = Chooser(self.sampling)
                 streamer = _Streamer(lambda token: emit(token, chooser.logprobs.popleft()))
+                if self._speculation is not None:
+                    self._speculation.streamer = streamer
+                    arguments["custom_generate"] = self._speculation
                 self._model.generate(
                     ids, logits_processor=LogitsProcessorList([chooser]), streamer=streamer, **arguments
                 )
@@ -334,6 +347,14 @@ class GenerationRun:
     def _forget_session(self) -> None:
         self._reroutes = list(self.reroutes)  # what happened in a step that was not finished
         self._running = None
+
+
+def _speculation(model: Any, sampling: Sampling, how: str | int, draft: Any) -> Speculation | None:
+    if how == "auto":
+        skeleton = getattr(model, "nbrunner_skeleton", None)
+        if skeleton is None or not skeleton.cached or sampling.beams > 1:
+            return None
+    return Speculation.of(model, how, draft)
 
 
 def expected_ways(connection: Any, model: str, chain: Chain) -> list[float] | None:

@@ -24,6 +24,7 @@ from nbrunner.client.remote import LayersCall, RemoteLayers, current
 from nbrunner.client.remote_cache import RemoteCache, session_opener
 from nbrunner.client.runner import BlockRunner, RunnerSession
 from nbrunner.client.session_facade import Session
+from nbrunner.client.speculation import Speculation
 from nbrunner.errors import SessionError, UserInputError
 
 if TYPE_CHECKING:
@@ -158,9 +159,11 @@ class DistributedModel:
         *args: Any,
         session: Session | None = None,
         edits: Sequence[Edit] = (),
+        speculate: str | int = "off",
+        draft_model: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' ``generate``, with two arguments more.
+        """As transformers' ``generate``, with some arguments more.
 
         Parameters
         ----------
@@ -172,6 +175,12 @@ class DistributedModel:
         edits
             Of hidden states, made at the prompt's tokens and, where they are not bound to positions of it, at all
             that is generated (see `nbrunner.Edit`).
+        speculate
+            Guess several tokens and have the chain check them in one trip: ``"auto"`` guesses as many as pay off,
+            a number always so many. The text is the same; works for batches too, where all texts go on as far as
+            the one that was guessed worst.
+        draft_model
+            A small model in this process, of the same vocabulary, that guesses; None looks the text up in itself.
 
         Raises
         ------
@@ -186,6 +195,11 @@ class DistributedModel:
                 f"{type(self).__name__} has no language-model head to generate with: load the model with "
                 "AutoDistributedModelForCausalLM"
             )
+        if speculate != "off":
+            found = Speculation.of(self, speculate, draft_model, kwargs.get("streamer"))
+            kwargs |= {"custom_generate": found} if found is not None else {}
+        elif draft_model is not None:
+            raise UserInputError("a draft model guesses for speculate='auto' or a number: give it too")
         if session is not None:
             if edits:
                 raise UserInputError("a session's edits are given when it begins: model.inference_session(edits=…)")

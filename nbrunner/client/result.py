@@ -113,6 +113,8 @@ class Generation:
         Who failed on the way, and who took over.
     times
         Where the time of each token went; empty without servers, and for beam search.
+    rounds
+        Trips through the chain, when tokens were guessed and checked several at once; 0 without.
     receipt
         All that is needed to say where this text comes from, ready for JSON: model and revision, chain, dtypes and
         quantisation, versions, seed and sampling, timings.
@@ -128,6 +130,7 @@ class Generation:
     earlier_chains: tuple[Chain, ...] = ()
     reroutes: tuple[Reroute, ...] = ()
     times: tuple[TokenTime, ...] = field(default=(), repr=False)
+    rounds: int = 0
     receipt: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -179,6 +182,8 @@ class Generation:
             parts.append(f"first token {self.timings.first_token:.2f} s")
         if not parts:
             parts.append(f"{len(self.tokens)} tokens in {self.timings.total:.2f} s")
+        if 0 < self.rounds < len(self.tokens):
+            parts.append(f"{len(self.tokens) / self.rounds:.1f} tokens a round trip")
         if self.chain or self.tokens:
             parts.append(chain_text(self.chain))
         changes = len(self.earlier_chains)

@@ -147,6 +147,11 @@ class ChainSession:
         return self._journal.length
 
     @property
+    def croppable(self) -> bool:
+        """Whether its servers can drop the last tokens of their caches; else they are sent everything again."""
+        return self._journal.croppable
+
+    @property
     def batch(self) -> int:
         """Rows; 0 before the first step."""
         return self._history.batch

@@ -187,6 +187,11 @@ class SwarmSession:
         return self.chain_session.chain
 
     @property
+    def croppable(self) -> bool:
+        """Whether its servers can drop the last tokens of their caches."""
+        return self.chain_session.croppable
+
+    @property
     def lost(self) -> list[tuple[str, str]]:
         """(PeerID, why) of every server that failed, oldest first."""
         return list(self.chain_session.stats.lost)
