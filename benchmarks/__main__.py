@@ -9,7 +9,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-HELPERS = {"report", "models", "timing", "links", "__main__"}
+HELPERS = {"report", "models", "timing", "links", "page", "__main__"}
 
 
 def names() -> list[str]:

@@ -59,3 +59,21 @@ def test_a_name_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         command.main()
     assert ended.value.code == 2
     assert "decode" in capsys.readouterr().err
+
+
+def test_the_page_keeps_what_was_not_run_and_says_what_was_missed() -> None:
+    from benchmarks.page import page
+
+    fast = Report("decode", [Result("mid", 3.0, "tokens/s", 3.2, 0.94, reach=0.92)], {"threads": 1})
+    slow = Report("hop", [Result("tiny8", 2.0, "ms", reach=1.5, at_most=True)], {"threads": 1})
+    first = page([fast.to_json(), slow.to_json()])
+    assert "| mid | 3 tokens/s | 3.2 tokens/s | 0.94 | ≥ 0.92 | yes |" in first
+    assert "| tiny8 | 2 ms |  |  | ≤ 1.5 | **no** |" in first
+    assert "all overhead" in first
+    quick = Report("hop", [Result("tiny8", 1.25, "ms", reach=1.5, at_most=True)], {"threads": 1})
+    second = page([quick.to_json()], first)
+    assert second.count("## `") == 2
+    assert "0.94" in second
+    assert "| tiny8 | 1.25 ms |  |  | ≤ 1.5 | yes |" in second
+    assert "all overhead" not in second
+    assert page([], second) == second

@@ -1,0 +1,85 @@
+"""``docs/performance.md``, made from what the benchmarks printed.
+
+    python -m benchmarks all --json | python -m benchmarks.page > docs/performance.md
+
+Names that were not run keep the rows that the page has.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+INTRODUCTION = """# Performance
+
+What `python -m benchmarks NAME` printed, everything on one machine: see the conditions under each table. References
+are plain transformers on the same checkpoint and threads, or what the row says, measured in turn; each figure is the
+median of five or more. `tiny` is the bundled model, `tiny8` a random Llama of hidden 256 and 8 blocks, `mid` one of
+hidden 1024 and 16 blocks. Such machines vary by ten percent from hour to hour. `make bench-report` makes this page.
+"""
+
+REASONS = {
+    "hop": "A step of `tiny8` is all overhead. Half of what a hop adds is not the way between processes: four of its "
+    "blocks take 1.8 ms of processor time in a loop, and 2.2 to 2.5 ms in a server that has slept since the last step, "
+    "whose caches have gone cold. With all servers on one core the added time is 0.3 ms less.",
+}
+"""Why a benchmark misses its line, shown under its table when it does."""
+
+_HEADINGS = (
+    "| what | measured | reference | ratio | set as the goal | reached |\n| --- | --- | --- | --- | --- | --- |"
+)
+
+
+def page(lines: Iterable[str], before: str = "") -> str:
+    """The page for JSON lines of benchmarks; sections of others are taken over from ``before``."""
+    sections = dict(_sections(before))
+    for line in lines:
+        if line.strip():
+            report = json.loads(line)
+            sections[report["name"]] = _section(report)
+    return "\n".join([INTRODUCTION, *(sections[name] for name in sorted(sections))])
+
+
+def _sections(text: str) -> Iterable[tuple[str, str]]:
+    for part in text.split("\n## ")[1:]:
+        yield part.split("\n", 1)[0].strip().strip("`"), f"## {part.rstrip()}\n"
+
+
+def _section(report: dict[str, Any]) -> str:
+    rows = [_row(result) for result in report["results"]]
+    parts = [f"## `{report['name']}`\n", _HEADINGS, *rows, ""]
+    if any(result["met"] is False for result in report["results"]):
+        reason = REASONS.get(report["name"], "Not reached in this run, and why has not been found out.")
+        parts += [reason, ""]
+    conditions = ", ".join(f"{name} {value}" for name, value in report["conditions"].items())
+    return "\n".join([*parts, f"*{conditions}*\n"])
+
+
+def _row(result: dict[str, Any]) -> str:
+    unit = f" {result['unit']}" if result["unit"] else ""
+    reach = result["reach"]
+    at_most = _at_most(result)
+    cells = [
+        result["case"],
+        f"{result['value']:.4g}{unit}",
+        "" if result["reference"] is None else f"{result['reference']:.4g}{unit}",
+        "" if result["ratio"] is None else f"{result['ratio']:.2f}",
+        "" if reach is None else f"{'≤' if at_most else '≥'} {reach:g}",
+        {True: "yes", False: "**no**", None: ""}[result["met"]],
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _at_most(result: dict[str, Any]) -> bool:
+    """Whether the goal is an upper bound: told by whether it was met."""
+    measured = result["value"] if result["ratio"] is None else result["ratio"]
+    return result["reach"] is not None and (measured <= result["reach"]) == result["met"]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(sys.stdin, PAGE.read_text() if PAGE.exists() else ""))
