@@ -111,6 +111,11 @@ class ShadowedLayers(nn.ModuleList):
                     yield Slot(index, f"{path}.{key}".lstrip("."), parent._modules, key, child)
 
     @property
+    def shadows(self) -> list[nn.Module]:
+        """One for each block of the whole model."""
+        return [layer for name, layer in self._modules.items() if name != REMOTE and layer is not None]
+
+    @property
     def hollow_names(self) -> frozenset[str]:
         """Names of the parameters and buffers without content, from the list on."""
         named = [*self.named_parameters(), *self.named_buffers()]

@@ -116,6 +116,8 @@ class RemoteLayers(nn.Module):
         Who runs them; None once the model is closed.
     inserted : nn.ModuleList or None
         Modules of the user's that a path has between the blocks: here for ``parameters()`` and ``train()``.
+    prompts : nn.Module or None
+        A prompt for each block (`nbrunner.client.deep_prompts.DeepPrompts`).
     omits_positions : bool
         Whether position ids that merely count the tokens may be left out, because the architecture counts the same.
     """
@@ -127,6 +129,7 @@ class RemoteLayers(nn.Module):
         self.inserted: nn.ModuleList | None = None
         # in a tuple: as a module of this one it would contain itself
         self._shadows: tuple[ShadowedLayers, ...] = ()
+        self.prompts: nn.Module | None = None
         self.omits_positions = False
 
     def look_for_adapters(self, shadows: ShadowedLayers) -> None:
@@ -135,7 +138,10 @@ class RemoteLayers(nn.Module):
 
     def learned(self) -> Learned | None:
         """The adapters that are active now; `UserInputError` for what cannot run on servers."""
-        return learned_in(self._shadows[0]) if self._shadows else None
+        if not self._shadows:
+            return None
+        prompts: Any = self.prompts
+        return learned_in(self._shadows[0], prompts.weight if prompts is not None and prompts.enabled else None)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes what the outer model gives its first layer, returns what leaves the last."""
