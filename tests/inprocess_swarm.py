@@ -78,21 +78,44 @@ class InProcessSwarm:
 
 
 @contextmanager
-def spoiled(server: BlockServer, spoil: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[int]]:
-    """A server whose results are changed by ``spoil`` on their way out; gives a list that grows with each."""
+def changed_results(server: BlockServer, change: Callable[[Any], Any]) -> Iterator[list[int]]:
+    """A server whose results, of forward passes and of backward passes, are what ``change`` makes of them.
+
+    Gives a list that grows with each.
+    """
     span, used = server.host.span, []
-    forward, backward = span.forward, span.backward
+    forward, backward, trace = span.forward, span.backward, span.trace
 
     def changed(method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             used.append(1)
-            result = method(*args, **kwargs)
-            return type(result)(spoil(result.hidden), *list(vars(result).values())[1:])
+            span.trace = trace  # a backward pass runs its own forward pass, which is not a result
+            try:
+                return change(method(*args, **kwargs))
+            finally:
+                span.trace = traced
 
         return call
 
-    span.forward, span.backward = changed(forward), changed(backward)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        used.append(1)
+        kept = trace(*args, **kwargs)
+        kept.output, kept.backward = change(kept.output), changed(kept.backward)
+        return kept
+
+    span.forward, span.backward, span.trace = changed(forward), changed(backward), traced
     try:
         yield used
     finally:
-        del span.forward, span.backward
+        del span.forward, span.backward, span.trace
+
+
+@contextmanager
+def spoiled(server: BlockServer, spoil: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[int]]:
+    """A server whose hidden states and their gradients are changed by ``spoil`` on their way out."""
+
+    def change(result: Any) -> Any:
+        return type(result)(spoil(result.hidden), *list(vars(result).values())[1:])
+
+    with changed_results(server, change) as used:
+        yield used

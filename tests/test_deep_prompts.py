@@ -93,8 +93,9 @@ def test_generation(pair: Pair) -> None:
     expected = plain.generate(**PADDED, **GREEDY)
     assert torch.equal(ours.generate(**PADDED, **GREEDY), expected)
     with torch.no_grad():
-        mine.mul_(-30)
-    assert not torch.equal(ours.generate(**PADDED, **GREEDY), expected)
+        before = ours(**PADDED, use_cache=False).logits
+        mine.neg_()
+        assert float((ours(**PADDED, use_cache=False).logits - before).abs().max()) > 1e-3
 
 
 def test_together_with_lora(llama: Pair) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -86,6 +87,41 @@ class Leaves:
         return cls(entering, carried, adapter, found)
 
 
+class TooMuchToKeepError(Exception):
+    """The graph of a pass has more bytes than it may have."""
+
+
+class SavedBytes:
+    """Counts what autograd keeps of the operations inside, the model's own weights apart.
+
+    Attributes
+    ----------
+    nbytes : int
+        So far.
+    """
+
+    def __init__(self, weights: frozenset[int], limit: int | None) -> None:
+        self.nbytes = 0
+        self._seen = set(weights)
+        self._limit = limit
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """`TooMuchToKeepError` as soon as it is over the limit."""
+        with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
+            yield
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        where = storage.data_ptr()
+        if where not in self._seen:
+            self._seen.add(where)
+            self.nbytes += storage.nbytes()
+            if self._limit is not None and self.nbytes > self._limit:
+                raise TooMuchToKeepError
+        return tensor
+
+
 class KeptPass:
     """A finished forward pass with its graph: `backward` once, without running the blocks again.
 
@@ -93,9 +129,19 @@ class KeptPass:
     ----------
     output : SpanOutput
         Without the graph.
+    nbytes : int
+        Of what the graph holds, where that was counted.
     """
 
-    def __init__(self, leaves: Leaves, hidden: Tensor, carry: dict[int, Tensor], collected: list[Tensor]) -> None:
+    def __init__(
+        self,
+        leaves: Leaves,
+        hidden: Tensor,
+        carry: dict[int, Tensor],
+        collected: list[Tensor],
+        nbytes: int = 0,
+    ) -> None:
+        self.nbytes = nbytes
         self._leaves, self._hidden, self._carry = leaves, hidden, carry
         self.output = SpanOutput(
             hidden.detach(),

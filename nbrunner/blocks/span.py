@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint
 from .edits import Edits
 from .huge_pages import onto_huge_pages
 from .loading import as_dtype, load_span_model
-from .passes import KeptPass, Leaves, SpanGradient, SpanOutput
+from .passes import KeptPass, Leaves, SavedBytes, SpanGradient, SpanOutput
 from .quantize import load_quantized
 
 
@@ -84,6 +84,7 @@ class BlockSpan:
         self.device: torch.device = first.device
         tensors = [*model.parameters(), *model.buffers()]
         self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._weight_pointers = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
         self._pruned = pruned
         self._base = pruned.found.base
         self._accepts = accepted_arguments(self._base)
@@ -225,6 +226,7 @@ class BlockSpan:
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
         adapter_grads: bool = False,
+        limit: int | None = None,
     ) -> KeptPass:
         """Run blocks without a cache and keep the graph for `KeptPass.backward`; parameters as of `forward`.
 
@@ -232,16 +234,26 @@ class BlockSpan:
         ----------
         adapter_grads : bool
             Whether gradients of the adapter's tensors will be wanted too.
+        limit : int, optional
+            Bytes that the graph may hold.
 
         Raises
         ------
         UserInputError
             For shapes that do not fit, and for weights through which there are no gradients.
+        TooMuchToKeepError
+            The graph is over the limit; nothing of it is left.
         """
         start, end = self._range(start, end)
         self._check(hidden, None, attention_mask, position_ids, start, end, carry)
         self._check_differentiable()
-        with self._lock, torch.inference_mode(False), torch.enable_grad():
+        saved = SavedBytes(self._weight_pointers, limit)
+        with (
+            self._lock,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            nullcontext() if limit is None else saved.counting(),
+        ):
             leaves = Leaves.of(
                 hidden, carry or {}, adapter, device=self.device, dtype=self.dtype, adapter_grads=adapter_grads
             )
@@ -257,7 +269,7 @@ class BlockSpan:
                 edits,
                 leaves.adapter,
             )
-        return KeptPass(leaves, _result(run), run.rest, run.collected or [])
+        return KeptPass(leaves, _result(run), run.rest, run.collected or [], saved.nbytes)
 
     def backward(
         self,

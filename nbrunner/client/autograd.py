@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from nbrunner.blocks.edits import Edits
 from nbrunner.client.lora import Learned
-from nbrunner.client.runner import BlockRunner, ForwardOutput
+from nbrunner.client.runner import Ahead, BlockRunner, ForwardOutput
 from nbrunner.errors import UserInputError
 
 
@@ -124,6 +124,7 @@ class _Blocks(torch.autograd.Function):
             capture=capture,
             edits=edits,
             adapter=None if learned is None else learned.adapter,
+            ahead=Ahead(any(ctx.needs_input_grad[9:])),
         )
         ctx.runner, ctx.start, ctx.tape = runner, start, result.tape
         ctx.learned = () if learned is None else tuple(learned.tensors)

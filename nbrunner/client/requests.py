@@ -32,8 +32,9 @@ from nbrunner.client.measuring import (
     most_rows,
     take_measured,
 )
+from nbrunner.client.micro_batches import Batch, micro_batches, together
 from nbrunner.client.request_streams import Answer, RequestStreams
-from nbrunner.client.runner import Carry, ForwardOutput, Gradients, Pass, Segment, Tape
+from nbrunner.client.runner import Ahead, Carry, ForwardOutput, Gradients, Kept, Pass, Segment, Tape
 from nbrunner.client.session import SessionOptions
 from nbrunner.client.watch import note_pass
 from nbrunner.errors import (
@@ -59,6 +60,9 @@ CARRY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch
 
 LENS = "lens"
 """In a record's features: that server holds final norm and head."""
+
+KEEP = "keep"
+"""Feature of servers that can keep a pass for its gradients."""
 
 FINAL_CODES = frozenset({"credential", "role", "version"})
 """Refusals that no other server would answer differently."""
@@ -106,6 +110,7 @@ class BlockRequests:
         capture: bool,
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
+        ahead: Ahead | None = None,
     ) -> ForwardOutput:
         """As `nbrunner.client.runner.BlockRunner.forward`.
 
@@ -119,14 +124,51 @@ class BlockRequests:
             Two servers gave bad data for the same input: it is not the servers.
         """
         check_finite(hidden, "hidden states")
-        entry = Segment(start, end, hidden.detach())
-        way = await self._forward(entry, _Extras(mask, positions, capture, edits, adapter=adapter))
+        extras = _Extras(mask, positions, capture, edits, adapter=adapter, ahead=None if capture else ahead)
+        batch = Batch(hidden.detach(), mask, positions, edits, adapter)
+        groups = [] if ahead is None or capture else micro_batches(batch, self._servers(start, end))
+        if len(groups) < 2:
+            return await self._one_forward(Segment(start, end, batch.hidden), extras)
+        outputs = await together(
+            self._one_forward(
+                Segment(start, end, part.hidden),
+                replace(extras, mask=part.mask, positions=part.positions, adapter=part.adapter),
+            )
+            for _, part in groups
+        )
+        parts = tuple((rows, output.tape) for (rows, _), output in zip(groups, outputs, strict=True))
+        return ForwardOutput(
+            torch.cat([output.hidden for output in outputs]),
+            None,
+            Tape((), mask, positions, edits, adapter, parts=parts),
+            tuple(done for output in outputs for done in output.passes),
+        )
+
+    async def _one_forward(self, entry: Segment, extras: _Extras) -> ForwardOutput:
+        way = await self._forward(entry, extras)
         return ForwardOutput(
             way.output.hidden,
-            way.captured if capture else None,
-            Tape(tuple(way.segments), mask, positions, edits, adapter),
+            way.captured if extras.capture else None,
+            Tape(tuple(way.segments), extras.mask, extras.positions, extras.edits, extras.adapter),
             tuple(way.passes),
         )
+
+    def _servers(self, start: int, end: int) -> int:
+        """How many servers a pass goes through, as far as is known now."""
+        options = self.options
+        try:
+            chain = plan_chain(
+                self._directory.view,
+                model=self.model,
+                start=start,
+                end=end,
+                mode="throughput",
+                allowed=options.allowed_peers,
+                blocked=options.blocked_peers,
+            )
+        except MissingBlocksError:
+            return 1
+        return len(chain)
 
     async def measured(
         self,
@@ -189,6 +231,18 @@ class BlockRequests:
         input_grad: bool = True,
     ) -> Gradients:
         """As `nbrunner.client.runner.BlockRunner.backward`; errors as `forward`."""
+        if tape.parts:
+            if grad is None:
+                raise SessionError("a pass of several parts has no inner states to go back from")
+            answers = await together(
+                self.backward(one, grad[rows], {}, adapter_grads=adapter_grads, input_grad=input_grad)
+                for rows, one in tape.parts
+            )
+            sums = AdapterSums()
+            for answer in answers:
+                sums.add(answer.adapters)
+            inputs = [answer.hidden for answer in answers if answer.hidden is not None]
+            return Gradients(torch.cat(inputs) if input_grad else None, sums.found)
         carry: Carry = {}
         adapters = AdapterSums()
         # below the first block that learns something nobody needs a gradient
@@ -232,7 +286,7 @@ class BlockRequests:
                     )
                     part = Segment(at.start, last, at.hidden, at.carry)
                     needed = extras if last < entry.end else replace(extras, last=True)
-                    answer = await self._ask_forward(hop.peer, limits, part, needed)
+                    part, answer = await self._ask_forward(hop.peer, limits, part, needed)
                 except PeerError as error:
                     await retry.failed(hop.peer, error)
                     break
@@ -276,6 +330,12 @@ class BlockRequests:
         self, part: Segment, tape: Tape, grad: torch.Tensor, grad_carry: Carry, adapter_grads: bool
     ) -> SpanGradient:
         retry = _Retry(self)
+        if part.kept is not None:
+            try:
+                return await self._ask_backward_of_kept(part.kept, part, tape, grad, grad_carry, adapter_grads)
+            except PeerError as error:
+                if not (isinstance(error, PeerRefusedError) and error.code == "forgotten"):
+                    await retry.failed(part.kept.peer, error)
         while True:
             hops = await retry.plan(part.start, part.end)
             if len(hops) > 1:
@@ -305,24 +365,34 @@ class BlockRequests:
         limits: Limits,
         part: Segment,
         extras: _Extras,
-    ) -> _Answer:
+    ) -> tuple[Segment, _Answer]:
+        """The part as it is for the tape, and what came back."""
         blocks, capture = part.end - part.start, extras.capture
         outputs, carries, states, measured = [], [], [], []
         copies = blocks + 1 if capture else 1
         asked = self._asked(peer, part.start, part.end, extras)
         reply = extras.reply or not extras.last or not asked
         began, compute, sent, received = time.perf_counter(), 0.0, 0, 0
-        for rows in _measured_groups(part, limits, asked) or row_groups(part, limits, copies_out=copies):
+        ahead, kept = extras.ahead, []
+        if ahead is not None and KEEP not in self._streams.features(peer):
+            ahead = None
+        # the gradients of a kept pass come back for the same groups of rows
+        room = beside_adapter(limits, extras.within(part) if ahead is not None and ahead.adapter_grads else None)
+        for rows in _measured_groups(part, limits, asked) or row_groups(part, room, copies_out=copies):
             ops, vectors = _edits(extras.edits, part, rows, measured=bool(asked))
             tensors = _inputs(part, rows, extras.mask, extras.positions) + vectors
             if asked and asked.final and extras.request and extras.request.final is not None:
                 tensors.append(pack("final", extras.request.final[rows].to(self.dtype)))
             wanted = part.hidden[rows].shape
             request = Forward(self.model, part.start, part.end, capture, ops, asked, reply)
+            if ahead is not None:
+                request = msgspec.structs.replace(request, keep=True, adapter_grads=ahead.adapter_grads)
             result, answer = await self._ask(peer, request, tensors, ForwardResult, extras.adapter, rows.start)
             compute += result.timing.compute
             sent += sum(tensor.spec.nbytes for tensor in tensors)
             received += sum(tensor.spec.nbytes for tensor in answer.values())
+            if result.kept is not None:
+                kept.append((rows, result.kept))
             try:
                 if reply:
                     outputs.append(take(answer, "hidden", dtype=self.dtype, shape=list(wanted)))
@@ -340,7 +410,28 @@ class BlockRequests:
         note_pass(done)
         hidden, carry = (torch.cat(outputs), _join(carries)) if reply else (part.hidden[:0], {})
         found = [MeasuredPart(asked, join_rows(measured))] if asked else []
-        return _Answer(hidden, carry, joined, found, done)
+        held = sum(rows.stop - rows.start for rows, _ in kept)
+        if kept and held == part.hidden.shape[0]:
+            part = replace(part, kept=Kept(peer, tuple(kept)))
+        return part, _Answer(hidden, carry, joined, found, done)
+
+    async def _ask_backward_of_kept(
+        self,
+        kept: Kept,
+        part: Segment,
+        tape: Tape,
+        grad: torch.Tensor,
+        grad_carry: Carry,
+        adapter_grads: bool,
+    ) -> SpanGradient:
+        """As `_ask_backward`, of a pass that its server has kept: only gradients travel."""
+        answers = _GradientAnswers(kept.peer, self.dtype, part, tape, adapter_grads)
+        for rows, name in kept.names:
+            request = Backward(self.model, part.start, part.end, kept=name)
+            answers.ask(tensors := _gradients(rows, grad, grad_carry))
+            result, answer = await self._streams.ask(kept.peer, request, tensors, BackwardResult)
+            answers.take(rows, result, answer)
+        return answers.joined()
 
     async def _ask_backward(
         self,
@@ -352,31 +443,17 @@ class BlockRequests:
         grad_carry: Carry,
         adapter_grads: bool,
     ) -> SpanGradient:
-        gradients, carries, adapters = [], [], AdapterSums()
-        began, compute, sent, received = time.perf_counter(), 0.0, 0, 0
         adapter = tape.adapter.within(part.start, part.end) if tape.adapter is not None else None
         wanted_of = adapter if adapter_grads else None
+        answers = _GradientAnswers(peer, self.dtype, part, tape, adapter_grads)
         for rows in row_groups(part, beside_adapter(limits, wanted_of), copies_in=2):
             ops, vectors = _edits(tape.edits, part, rows)
             request = Backward(self.model, part.start, part.end, ops, adapter_grads=wanted_of is not None)
-            tensors = _inputs(part, rows, tape.mask, tape.positions) + vectors
-            tensors.append(pack("grad", grad[rows]))
-            tensors += [pack(f"grad_carry.{index}", tensor[rows]) for index, tensor in grad_carry.items()]
-            wanted = part.hidden[rows].shape
+            tensors = _inputs(part, rows, tape.mask, tape.positions) + vectors + _gradients(rows, grad, grad_carry)
+            answers.ask(tensors)
             result, answer = await self._ask(peer, request, tensors, BackwardResult, adapter, rows.start)
-            compute += result.timing.compute
-            sent += sum(tensor.spec.nbytes for tensor in tensors)
-            received += sum(tensor.spec.nbytes for tensor in answer.values())
-            try:
-                gradients.append(take(answer, "grad", dtype=self.dtype, shape=list(wanted)))
-                carries.append(_take_carry(answer, "grad_carry.", wanted))
-                if wanted_of is not None:
-                    adapters.add(take_adapter_grads(answer, wanted_of))
-            except BadPeerDataError as error:
-                raise BadPeerDataError(f"peer {short_peer(peer)}: {error}", peer=peer) from None
-        seconds = time.perf_counter() - began
-        note_pass(Pass(peer, part.start, part.end, compute, seconds, sent, received, backward=True))
-        return SpanGradient(torch.cat(gradients), dict(_join(carries)), adapters.found)
+            answers.take(rows, result, answer)
+        return answers.joined()
 
     async def _ask(
         self,
@@ -414,6 +491,11 @@ class _Extras:
     reply: bool = True
     last: bool = False
     adapter: SpanAdapter | None = None
+    ahead: Ahead | None = None
+
+    def within(self, part: Segment) -> SpanAdapter | None:
+        """The adapter of these blocks."""
+        return None if self.adapter is None else self.adapter.within(part.start, part.end)
 
 
 @dataclass(frozen=True)
@@ -423,6 +505,43 @@ class _Answer:
     captured: list[torch.Tensor]
     measured: list[MeasuredPart]
     done: Pass
+
+
+class _GradientAnswers:
+    """What one server answers about the gradients of one part, group of rows by group of rows."""
+
+    def __init__(self, peer: str, dtype: torch.dtype, part: Segment, tape: Tape, adapter_grads: bool) -> None:
+        self._peer, self._dtype, self._part = peer, dtype, part
+        adapter = tape.adapter if adapter_grads else None
+        self._wanted = None if adapter is None else adapter.within(part.start, part.end)
+        self._hidden: list[torch.Tensor] = []
+        self._carry: list[dict[int, torch.Tensor]] = []
+        self._adapters = AdapterSums()
+        self._began, self._compute, self._sent, self._received = time.perf_counter(), 0.0, 0, 0
+
+    def ask(self, tensors: Sequence[RawTensor]) -> None:
+        """Count what is sent."""
+        self._sent += sum(tensor.spec.nbytes for tensor in tensors)
+
+    def take(self, rows: slice, result: BackwardResult, answer: Mapping[str, RawTensor]) -> None:
+        """Check and keep one answer; `BadPeerDataError` names the peer."""
+        self._compute += result.timing.compute
+        self._received += sum(tensor.spec.nbytes for tensor in answer.values())
+        shape = self._part.hidden[rows].shape
+        try:
+            self._hidden.append(take(answer, "grad", dtype=self._dtype, shape=list(shape)))
+            self._carry.append(_take_carry(answer, "grad_carry.", shape))
+            if self._wanted is not None:
+                self._adapters.add(take_adapter_grads(answer, self._wanted))
+        except BadPeerDataError as error:
+            raise BadPeerDataError(f"peer {short_peer(self._peer)}: {error}", peer=self._peer) from None
+
+    def joined(self) -> SpanGradient:
+        """Of all rows."""
+        part, seconds = self._part, time.perf_counter() - self._began
+        sizes = (self._compute, seconds, self._sent, self._received)
+        note_pass(Pass(self._peer, part.start, part.end, *sizes, backward=True))
+        return SpanGradient(torch.cat(self._hidden), dict(_join(self._carry)), self._adapters.found)
 
 
 @dataclass
@@ -584,6 +703,13 @@ def _inputs(
     if positions is not None:
         tensors.append(pack("positions", positions if positions.shape[0] == 1 else positions[rows]))
     return tensors + [pack(f"carry.{index}", tensor[rows]) for index, tensor in part.carry.items()]
+
+
+def _gradients(rows: slice, grad: torch.Tensor, grad_carry: Carry) -> list[RawTensor]:
+    return [
+        pack("grad", grad[rows]),
+        *(pack(f"grad_carry.{index}", tensor[rows]) for index, tensor in grad_carry.items()),
+    ]
 
 
 def _edits(

@@ -86,18 +86,33 @@ class RunnerSession(Protocol):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A pass that a server has kept: whose, and its id for each group of rows."""
+
+    peer: str
+    names: tuple[tuple[slice, str], ...]
+
+
+@dataclass(frozen=True)
 class Segment:
-    """Consecutive blocks and what entered them: enough to run their backward pass somewhere else."""
+    """Consecutive blocks and what entered them: enough to run their backward pass somewhere else.
+
+    ``kept`` says where that is not needed, as long as it lasts.
+    """
 
     start: int
     end: int
     hidden: torch.Tensor
     carry: Carry = field(default_factory=dict)
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
 class Tape:
-    """A finished forward pass, as its backward pass needs it. ``watch``: who is told of that one too."""
+    """A finished forward pass, as its backward pass needs it. ``watch``: who is told of that one too.
+
+    Where rows were run in groups, at the same time, ``parts`` has the tape of each, and there are no segments.
+    """
 
     segments: tuple[Segment, ...]
     mask: torch.Tensor | None
@@ -105,6 +120,14 @@ class Tape:
     edits: Edits | None = None
     adapter: SpanAdapter | None = None
     watch: PassWatch | None = None
+    parts: tuple[tuple[slice, Tape], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A backward pass that will follow; whether it will want the gradients of the adapter."""
+
+    adapter_grads: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,6 +237,7 @@ class BlockRunner(Protocol):
         capture: bool = False,
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
+        ahead: Ahead | None = None,
         measure: Measure | None = None,
         lens: Callable[[], Lens] | None = None,
     ) -> ForwardOutput:
@@ -226,6 +250,8 @@ class BlockRunner(Protocol):
             what is measured, and left to the caller to make in ``hidden``.
         adapter
             Of these blocks, by their numbers.
+        ahead
+            What backward pass will follow, so that it can be prepared.
         measure
             What to measure of states ``start + 1`` to ``end``, and of state 0; not together with ``capture``.
         lens

@@ -12,10 +12,11 @@ import torch
 
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
+from nbrunner.client.adapters import AdapterSender
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.measuring import MAX_ASKED_BYTES, LensSource, finish
 from nbrunner.client.requests import BlockRequests
-from nbrunner.client.runner import ForwardOutput, Gradients, Tape
+from nbrunner.client.runner import Ahead, ForwardOutput, Gradients, Tape
 from nbrunner.client.session import ChainSession, SessionOptions
 from nbrunner.client.travel import StepOutput
 from nbrunner.client.watch import current_watch, waiting
@@ -62,6 +63,11 @@ class SwarmRunner:
         self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
         self._closing: Future[None] | None = None
 
+    @property
+    def adapters(self) -> AdapterSender:
+        """Who brings adapters to servers."""
+        return self._requests.adapters
+
     def open_session(
         self,
         edits: Edits | None = None,
@@ -89,6 +95,7 @@ class SwarmRunner:
         capture: bool = False,
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
+        ahead: Ahead | None = None,
         measure: Measure | None = None,
         lens: LensSource | None = None,
         limit: int = MAX_ASKED_BYTES,
@@ -107,6 +114,7 @@ class SwarmRunner:
                         capture=capture,
                         edits=edits,
                         adapter=adapter,
+                        ahead=ahead,
                     )
                 )
             # autograd runs the way back of a GPU's graph in a thread of its own, which has no context of ours

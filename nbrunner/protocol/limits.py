@@ -45,6 +45,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
         Bytes of adapters that one peer may keep here; over all peers it is four times as much.
     prompt_tokens
         Longest prompt of a block.
+    kept_bytes
+        Bytes of passes kept for their gradients, over all peers; one of them may have half.
     """
 
     frame_bytes: int = MAX_FRAME_BYTES
@@ -57,3 +59,4 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     adapter_rank: int = 256
     adapter_bytes: int = 256 << 20
     prompt_tokens: int = 4096
+    kept_bytes: int = 2 << 30

@@ -21,7 +21,7 @@ VERSION = 1
 STREAM = "nbrunner/1"
 """Name of the libp2p stream protocol: one handler for everything."""
 
-FEATURES: tuple[str, ...] = ("chain", "capture", "carry", "parts", "edits", "measure", "adapters")
+FEATURES: tuple[str, ...] = ("chain", "capture", "carry", "parts", "edits", "measure", "adapters", "keep")
 """Optional abilities of this version, exchanged in `Hello` and `Welcome`."""
 
 RefusalCode = Literal[
@@ -37,6 +37,7 @@ RefusalCode = Literal[
     "schema",  # bytes that are not a message, or a message out of place
     "data",  # tensors of wrong shape, dtype, or with NaN or infinity
     "adapter",  # an adapter that is not here: send it, then ask again
+    "forgotten",  # a kept pass that is not kept any more: send its inputs
     "link",  # the next server of the chain could not be reached
     "draining",  # leaving; takes nothing new
     "internal",  # our fault
@@ -388,6 +389,9 @@ class Forward(Message, frozen=True):
         What to compute of states ``start + 1`` to ``end``; not together with ``capture``.
     reply
         False: only what is measured comes back, and blocks after the last state measured are not run.
+    keep, adapter_grads
+        A `Backward` of this will follow, with these gradients: keep what it needs, if there is room. Not together
+        with ``capture`` or ``measure``.
     """
 
     model: _Text
@@ -398,25 +402,33 @@ class Forward(Message, frozen=True):
     measure: Measure | None = None
     reply: bool = True
     adapter: AdapterUse | None = None
+    keep: bool = False
+    adapter_grads: bool = False
 
 
 class ForwardResult(Message, frozen=True):
-    """Tensors: ``hidden``, ``carry.N``; when captured, ``states`` [blocks, batch, tokens, ...]; when measured,
+    """``kept`` names the pass for `Backward`, once and for a short time; None if it was not kept.
+
+    Tensors: ``hidden``, ``carry.N``; when captured, ``states`` [blocks, batch, tokens, ...]; when measured,
     ``measured.NAME`` as `nbrunner.protocol.measure.measured_shapes` says.
     """
 
     timing: HopTiming
+    kept: _Id | None = None
 
 
 class Backward(Message, frozen=True):
-    """Gradient of blocks ``[start, end)`` with respect to their input; the forward pass is run again.
+    """Gradient of blocks ``[start, end)`` with respect to their input; the forward pass is run again, or was kept.
 
-    Tensors: as `Forward`, and ``grad`` like the output, ``grad_carry.N`` where the carry was used.
+    Tensors: as `Forward`, and ``grad`` like the output, ``grad_carry.N`` where the carry was used; of a kept pass
+    the gradients alone.
 
     Attributes
     ----------
     adapter_grads
         Also the gradients of the tensors of ``adapter``.
+    kept
+        From `ForwardResult`. Refused with ``forgotten`` if it is not kept any more.
     """
 
     model: _Text
@@ -425,6 +437,7 @@ class Backward(Message, frozen=True):
     edits: _Edits = []
     adapter: AdapterUse | None = None
     adapter_grads: bool = False
+    kept: _Id | None = None
 
 
 class BackwardResult(Message, frozen=True):

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import torch
 
-from nbrunner.blocks.adapters import wire_name
+from nbrunner.blocks.adapters import SpanAdapter, wire_name
 from nbrunner.blocks.edits import Edits, take_edits
+from nbrunner.blocks.passes import KeptPass, SpanGradient, SpanOutput, TooMuchToKeepError
 from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, PeerUnreachableError, UserInputError
 from nbrunner.protocol.credentials import Terms
 from nbrunner.protocol.frames import RawTensor
@@ -189,6 +190,9 @@ class Handler:
             raise PeerRefusedError("a request that wants neither an answer nor a measure", code="schema")
         await self._admit(stream, message.model, message.start, message.end, tensors)
         adapter = self.host.adapters.use(message.adapter, message.start, message.end)
+        if message.keep:
+            await self._kept_forward(stream, message, tensors, adapter)
+            return
         span = self.host.span
 
         def run() -> list[RawTensor]:
@@ -204,8 +208,7 @@ class Handler:
                 edits=self._edits(message, tensors),
                 adapters=adapter,
             )
-            answer = [pack("hidden", output.hidden.to(span.dtype))]
-            answer += [pack(f"{CARRY}{index}", tensor) for index, tensor in output.carry.items()]
+            answer = _packed(output, span.dtype)
             if message.capture:
                 answer.append(pack("states", torch.stack(output.collected)))
             return answer
@@ -228,14 +231,82 @@ class Handler:
         timing = HopTiming(self.host.peer_id, queue, compute, time.perf_counter() - began)
         await stream.send(ForwardResult(timing), self._fitting(work.answer()))
 
+    async def _kept_forward(
+        self,
+        stream: Stream,
+        message: Forward,
+        tensors: Mapping[str, RawTensor],
+        adapter: SpanAdapter | None,
+    ) -> None:
+        if message.capture:
+            raise PeerRefusedError("a pass is kept or captured, not both", code="schema")
+        began, span, store = time.perf_counter(), self.host.span, self.host.kept
+        batch, tokens = sizes(tensors)
+        allowance = store.allowance(batch * tokens)
+
+        def run() -> tuple[list[RawTensor], KeptPass | None]:
+            inputs = take_inputs(tensors, self.host.form)
+            edits = self._edits(message, tensors)
+            try:
+                kept = span.trace(
+                    inputs.hidden,
+                    attention_mask=inputs.mask,
+                    position_ids=inputs.positions,
+                    start=message.start,
+                    end=message.end,
+                    carry=inputs.carry or None,
+                    edits=edits,
+                    adapter=adapter,
+                    adapter_grads=message.adapter_grads,
+                    limit=allowance,
+                )
+            except TooMuchToKeepError:
+                output = span.forward(
+                    inputs.hidden,
+                    attention_mask=inputs.mask,
+                    position_ids=inputs.positions,
+                    start=message.start,
+                    end=message.end,
+                    carry=inputs.carry or None,
+                    edits=edits,
+                    adapters=adapter,
+                )
+                return _packed(output, span.dtype), None
+            return _packed(kept.output, span.dtype), kept
+
+        (answer, kept), timing = await self._compute(run, began)
+        name = None
+        if kept is None:
+            store.too_much(batch * tokens)
+        else:
+            name = store.put(stream.peer, (message.start, message.end), kept, batch * tokens)
+        await stream.send(ForwardResult(timing, name), self._fitting(answer))
+
+    async def _kept_backward(self, stream: Stream, message: Backward, tensors: Mapping[str, RawTensor]) -> None:
+        began = time.perf_counter()
+        self._check_blocks(message.model, message.start, message.end)
+        kept = self.host.kept.take(message.kept or "", stream.peer, (message.start, message.end))
+        batch, tokens = kept.output.hidden.shape[:2]
+        self._spend(stream, batch, tokens)
+
+        def run() -> list[RawTensor]:
+            grad, grad_carry = take_gradients(tensors, self.host.form, (batch, tokens))
+            return _packed_gradient(kept.backward(grad, grad_carry or None))
+
+        answer, timing = await self._compute(run, began)
+        await stream.send(BackwardResult(timing), self._fitting(answer))
+
     async def _backward(self, stream: Stream, message: Backward, tensors: Mapping[str, RawTensor]) -> None:
+        if message.kept is not None:
+            await self._kept_backward(stream, message, tensors)
+            return
         began = time.perf_counter()
         await self._admit(stream, message.model, message.start, message.end, tensors)
         adapter = self.host.adapters.use(message.adapter, message.start, message.end)
 
         def run() -> list[RawTensor]:
             inputs = take_inputs(tensors, self.host.form)
-            grad, grad_carry = take_gradients(tensors, self.host.form)
+            grad, grad_carry = take_gradients(tensors, self.host.form, sizes(tensors))
             found = self.host.span.backward(
                 inputs.hidden,
                 grad,
@@ -249,11 +320,7 @@ class Handler:
                 adapter=adapter,
                 adapter_grads=message.adapter_grads,
             )
-            answer = [pack("grad", found.hidden)]
-            answer += [pack(f"grad_{CARRY}{index}", tensor) for index, tensor in found.carry.items()]
-            for block, named in found.adapters.items():
-                answer += [pack(wire_name(block, name), tensor) for name, tensor in named.items()]
-            return answer
+            return _packed_gradient(found)
 
         answer, timing = await self._compute(run, began)
         await stream.send(BackwardResult(timing), self._fitting(answer))
@@ -299,6 +366,9 @@ class Handler:
                 f"{limits.part_tokens} tokens together",
                 code="limit",
             )
+        self._spend(stream, batch, tokens, extra_tokens)
+
+    def _spend(self, stream: Stream, batch: int, tokens: int, extra_tokens: int = 0) -> None:
         terms = stream.terms or Terms()
         wait = self.host.quotas.wait_seconds(stream.peer, terms)
         if wait:
@@ -347,3 +417,16 @@ class Handler:
                 f"[{self.host.span.start}, {self.host.span.end})",
                 code="blocks",
             )
+
+
+def _packed(output: SpanOutput, dtype: torch.dtype) -> list[RawTensor]:
+    answer = [pack("hidden", output.hidden.to(dtype))]
+    return answer + [pack(f"{CARRY}{index}", tensor) for index, tensor in output.carry.items()]
+
+
+def _packed_gradient(found: SpanGradient) -> list[RawTensor]:
+    answer = [pack("grad", found.hidden)]
+    answer += [pack(f"grad_{CARRY}{index}", tensor) for index, tensor in found.carry.items()]
+    for block, named in found.adapters.items():
+        answer += [pack(wire_name(block, name), tensor) for name, tensor in named.items()]
+    return answer

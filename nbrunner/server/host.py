@@ -16,6 +16,7 @@ from nbrunner.protocol.limits import Limits
 from nbrunner.server.adapters import AdapterStore
 from nbrunner.server.compute import ComputeThread, Done
 from nbrunner.server.inputs import Form
+from nbrunner.server.kept import KeptPasses
 from nbrunner.server.quotas import Quotas
 from nbrunner.server.traffic import Traffic
 
@@ -73,6 +74,7 @@ class Host:
     lens: Lens | None = None
     quotas: Quotas = field(init=False)
     adapters: AdapterStore = field(init=False)
+    kept: KeptPasses = field(init=False)
     traffic: Traffic = field(default_factory=Traffic, init=False)
     form: Form = field(init=False)
     croppable: bool = field(init=False)
@@ -82,6 +84,7 @@ class Host:
     def __post_init__(self) -> None:
         self.quotas = Quotas(self.limits)
         self.adapters = AdapterStore(self.limits)
+        self.kept = KeptPasses(self.limits)
         self.form = form_of(self.span, self.limits)
         self.croppable = always_croppable(self.span)
 

@@ -95,9 +95,11 @@ def take_inputs(
     )
 
 
-def take_gradients(tensors: Mapping[str, RawTensor], form: Form) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Gradients with respect to a span's outputs: ``grad`` and ``grad_carry.N``."""
-    batch, tokens = sizes(tensors)
+def take_gradients(
+    tensors: Mapping[str, RawTensor], form: Form, shape: tuple[int, int]
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Gradients with respect to a span's outputs of (rows, tokens): ``grad`` and ``grad_carry.N``."""
+    batch, tokens = shape
     grad = take(tensors, "grad", dtype=form.dtype, shape=[batch, tokens, *form.token_shape])
     return grad, _take_carry(tensors, "grad_" + CARRY, batch, tokens, 0)
 

@@ -20,6 +20,7 @@ from nbrunner.protocol.credentials import Invite, Role, SwarmKey
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.records import ServerRecord
+from nbrunner.server.adapters import PEERS
 from nbrunner.server.announce import Announcer
 from nbrunner.server.compute import ComputeThread, Urgency
 from nbrunner.server.handler import Handler
@@ -278,9 +279,15 @@ class BlockServer:
                     f"{options.max_memory / 1e6:.0f} MB are allowed for them and their caches: "
                     "serve fewer blocks, or allow more memory"
                 )
-            cache = min(cache, options.max_memory - span.nbytes)
-        longest = limits.session_tokens or session_tokens(checkpoint)
-        return msgspec.structs.replace(limits, cache_bytes=cache, session_tokens=longest)
+            # adapters and kept passes, which are bounded below, take the other third
+            cache = min(cache, (options.max_memory - span.nbytes) * 2 // 3)
+        return msgspec.structs.replace(
+            limits,
+            cache_bytes=cache,
+            session_tokens=limits.session_tokens or session_tokens(checkpoint),
+            adapter_bytes=min(limits.adapter_bytes, cache // (4 * PEERS)),
+            kept_bytes=min(limits.kept_bytes, cache // 4),
+        )
 
     # -- while it runs, and the end ------------------------------------------------------------------------------
 
@@ -340,6 +347,8 @@ class BlockServer:
             self._directory = None
         if self._node is not None:
             await self._node.close()
+        if self._host is not None:
+            self._host.kept.clear()
         await asyncio.get_running_loop().run_in_executor(None, self._compute.close)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from nbrunner.blocks.span import BlockSpan
 from nbrunner.client.history import History
 from nbrunner.client.model import DistributedModel
 from nbrunner.client.remote import RemoteLayers
-from nbrunner.client.runner import ForwardOutput, Gradients, Segment, Tape
+from nbrunner.client.runner import Ahead, ForwardOutput, Gradients, Segment, Tape
 from nbrunner.protocol.messages import CacheOp
 
 
@@ -153,6 +153,7 @@ class LocalRunner:
         capture: bool = False,
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
+        ahead: Ahead | None = None,
     ) -> ForwardOutput:
         segments, captured = [], []
         carry: Mapping[int, torch.Tensor] = {}

@@ -1,0 +1,97 @@
+"""One optimiser step of prompt tuning and of LoRA against the same PEFT method on the whole local model."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.models import checkpoint, local_model, remote_model
+from benchmarks.report import Report, Result, interleaved
+
+ROWS, TOKENS = 4, 64
+METHODS = ("prompt tuning", "LoRA r 8")
+
+
+def run() -> Report:
+    """``mid``, 4 × 64 tokens: forward, loss, backward and AdamW; one thread for each process."""
+    import nbrunner
+
+    results: list[Result] = []
+    traffic: dict[str, object] = {}
+    locals_ = {method: _Learner(local_model("mid"), method) for method in METHODS}
+    with (
+        nbrunner.LocalSwarm(model=str(checkpoint("mid")), servers=1) as one,
+        nbrunner.LocalSwarm(model=str(checkpoint("mid")), servers=2) as two,
+    ):
+        for method in METHODS:
+            over_one, over_two = (_Learner(remote_model("mid", swarm.invite), method) for swarm in (one, two))
+            ours, ours_two, theirs = interleaved([over_one.step, over_two.step, locals_[method].step])
+            tokens = ROWS * TOKENS
+            for servers, seconds, reach in ((1, ours, 0.8), (2, ours_two, None)):
+                case = f"{method}, {servers} server{'s' if servers > 1 else ''}, of local"
+                results.append(Result(case, tokens / seconds, "tokens/s", tokens / theirs, theirs / seconds, reach))
+            results.append(
+                Result(
+                    f"{method}, 2 servers, of 1 server",
+                    tokens / ours_two,
+                    "tokens/s",
+                    tokens / ours,
+                    ours / ours_two,
+                    1.3,
+                )
+            )
+            for servers, learner in ((1, over_one), (2, over_two)):
+                traffic[f"{method}, {servers} server{'s' if servers > 1 else ''}"] = learner.bytes_of_a_step()
+                learner.close()
+    conditions = {"batch": ROWS, "tokens": TOKENS, "dtype": "float32", "threads": 1, "bytes a step": traffic}
+    return Report("train", results, conditions)
+
+
+class _Learner:
+    """A model, a PEFT method around it, and an optimiser."""
+
+    def __init__(self, model: Any, method: str) -> None:
+        import peft
+        import torch
+
+        self._base = model
+        torch.manual_seed(1)
+        config = (
+            peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+            if method.startswith("LoRA")
+            else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
+        )
+        self._model = peft.get_peft_model(model, config).train()
+        learned = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(learned, lr=1e-3)
+        self._ids = torch.randint(3, 32000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+        self.loss = 0.0
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        began = time.perf_counter()
+        self._optimizer.zero_grad()
+        loss = self._model(input_ids=self._ids, labels=self._ids, use_cache=False).loss
+        loss.backward()
+        self._optimizer.step()
+        self.loss = loss.item()
+        return time.perf_counter() - began
+
+    def bytes_of_a_step(self) -> dict[str, int]:
+        """Of tensors: hidden states and their gradients both ways, adapters there and their gradients back."""
+        from nbrunner.client.watch import PassWatch, watching
+
+        watch, adapters = PassWatch(), self._adapter_bytes()
+        with watching(watch):
+            self.step()
+        sent_adapters = self._adapter_bytes() - adapters
+        wire = sum(one.bytes_sent + one.bytes_received for one in watch.passes)
+        # gradients of an adapter are as large as the adapter, and come once from each group of rows
+        grads = sum(one.bytes_received - one.bytes_sent for one in watch.passes if one.backward)
+        return {"states": wire - grads, "adapter": sent_adapters, "adapter gradients": grads}
+
+    def _adapter_bytes(self) -> int:
+        return int(self._base.runner.adapters.bytes_sent)
+
+    def close(self) -> None:
+        self._base.close()
