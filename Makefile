@@ -17,11 +17,11 @@ as_root = $(if $(filter 0,$(shell id -u)),--allow-root)
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo lab test test-all check bench notebooks images clean
+.PHONY: help demo lab test test-all check bench bench-report notebooks images clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.lab  ## run the first notebook on a swarm of two server processes, here, offline
 	$(python) examples/demo.py $(NOTEBOOK) --out build
@@ -43,6 +43,12 @@ check: $(VENV)/.check  ## ruff, mypy and the layers
 
 bench: $(VENV)/.test  ## the benchmarks beside plain transformers (BENCH=decode to choose)
 	@$(python) -m benchmarks $(BENCH)
+
+bench-report: $(VENV)/.test  ## write docs/performance.md from the benchmarks (BENCH="decode hop" for some of them)
+	@mkdir -p build
+	$(python) -m benchmarks $(BENCH) --json > build/benchmarks.jsonl
+	$(python) -m benchmarks.page < build/benchmarks.jsonl > build/performance.md
+	mv build/performance.md docs/performance.md
 
 notebooks: $(VENV)/.lab  ## run the example notebooks and keep their outputs in them
 	$(python) examples/keep_outputs.py
