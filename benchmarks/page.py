@@ -17,16 +17,18 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 INTRODUCTION = """# Performance
 
-What `python -m benchmarks NAME` printed, everything on one machine: see the conditions under each table. References
-are plain transformers on the same checkpoint and threads, or what the row says, measured in turn; each figure is
-the median of five or more. `tiny` is the bundled model, `tiny8` a random Llama of hidden 256 and 8 blocks, `mid` one of
-hidden 1024 and 16 blocks. Such machines vary by ten percent from hour to hour. `make bench-report` makes this page.
+What `python -m benchmarks NAME` printed, everything on one machine: see the conditions under each table.
+References are plain transformers on the same checkpoint and threads, or what the row says, measured in turn;
+each figure is the median of five or more. `tiny` is the bundled model, `tiny8` a random Llama of hidden 256 and
+8 blocks, `mid` one of hidden 1024 and 16 blocks. Such machines vary by ten percent from hour to hour. `make
+bench-report` makes this page.
 """
 
 REASONS = {
     "hop": "A step of `tiny8` is all overhead. Half of what a hop adds is not the way between processes: four of "
-    "its blocks take 1.8 ms of processor time in a loop, and 2.2 to 2.5 ms in a server that has slept since the last "
-    "step, whose caches have gone cold. With all servers on one core the added time is 0.3 ms less.",
+    "its blocks take 1.8 ms of processor time in a loop, and 2.2 to 2.5 ms in a server that has slept "
+    "since the last step, whose caches have gone cold. With all servers on one core the added time is 0.3 "
+    "ms less.",
 }
 """Why a benchmark misses its line, shown under its table when it does."""
 
