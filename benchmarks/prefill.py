@@ -9,6 +9,7 @@ from benchmarks.models import checkpoint, local_model, prompt, remote_model
 from benchmarks.report import Report, Result, interleaved
 
 TOKENS = 512
+LONG = 2048
 
 
 def run() -> Report:
@@ -34,7 +35,30 @@ def run() -> Report:
                 reach=0.85,
             )
         )
+    results.append(_pipelined())
     return Report("prefill", results, {"tokens": TOKENS, "batch": 1, "dtype": "float32", "threads": 1})
+
+
+def _pipelined() -> Result:
+    """A long prompt in parts, so that both servers work at once, over the same in one part."""
+    import nbrunner
+    from nbrunner.client import travel
+
+    ids, usual = prompt("mid", LONG), travel.PIPELINE_TOKENS
+    with nbrunner.LocalSwarm(model=str(checkpoint("mid")), servers=2) as swarm:
+        remote = remote_model("mid", swarm.invite)
+
+        def seconds(least: int) -> float:
+            travel.PIPELINE_TOKENS = least  # there is no switch for it: nobody would want it
+            try:
+                return prefill_seconds(remote, ids)
+            finally:
+                travel.PIPELINE_TOKENS = usual
+
+        parts, whole = interleaved([lambda: seconds(usual), lambda: seconds(LONG)])
+        remote.close()
+    case = f"mid, 2 servers, {LONG} tokens in parts over in one"
+    return Result(case, LONG / parts, "tokens/s", LONG / whole, whole / parts, reach=1.5)
 
 
 def prefill_seconds(model: Any, ids: Any) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from traitlets import Bool, Float, Int, Unicode, observe
+from traitlets import Bool, Enum, Float, Int, Unicode, observe
 from traitlets.config import Configurable
 
 
@@ -25,6 +25,11 @@ class NBRunner(Configurable):
     ).tag(config=True)
     refresh = Float(
         0.1, min=0.02, help="Seconds between two updates of a growing text. Floods of updates lose messages."
+    ).tag(config=True)
+    wire = Enum(
+        ["exact", "int8"],
+        "exact",
+        help="How hidden states travel: as they are, or with 8 bits a number, which changes the text now and then.",
     ).tag(config=True)
     invite = Unicode("", help="Invite of the swarm to join when one is first needed.").tag(config=True)
     servers = Int(

@@ -226,7 +226,9 @@ class Notebook:
         from nbrunner.client.tokenizers import load_tokenizer
 
         source, revision = self._source(name)
-        model = AutoDistributedModelForCausalLM.from_pretrained(source, invite=self.invite, revision=revision)
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            source, invite=self.invite, revision=revision, wire=self.config.wire
+        )
         try:
             tokenizer = load_tokenizer(source, revision=revision)
         except NBRunnerError:

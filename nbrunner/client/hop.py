@@ -49,6 +49,7 @@ class HopStream:
         self.session = opened.session
         self.croppable = opened.croppable
         self.limits = stream.welcome.limits
+        self.features = frozenset(stream.welcome.features)
         self.upstream = upstream
         self.draining = False
         self._stream = stream

@@ -26,7 +26,13 @@ def model_facts(model: Any) -> dict[str, Any]:
         "revision": getattr(model.config, "_commit_hash", None),
         "type": str(model.config.model_type),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "wire": "int8" if _travels_in_8bit(model) else "exact",
     }
+
+
+def _travels_in_8bit(model: Any) -> bool:
+    options = getattr(getattr(model, "runner", None), "options", None)
+    return bool(getattr(options, "in_8bit", False))
 
 
 def make_receipt(

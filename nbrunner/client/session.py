@@ -62,11 +62,14 @@ class SessionOptions:
         PeerIDs to which the chain is limited, or which it must avoid.
     retry_budget
         Seconds from the first failure of a step until it is given up.
+    in_8bit
+        Hidden states of sessions travel with 8 bits a number, between those who understand that.
     """
 
     allowed_peers: Collection[str] | None = None
     blocked_peers: Collection[str] | None = None
     retry_budget: float = 30.0
+    in_8bit: bool = False
 
 
 @dataclass(eq=False)
@@ -289,6 +292,7 @@ class ChainSession:
                     if self._history.positions is None
                     else self._history.positions[:, segment.positions_from : pending.end],
                     capture=capture,
+                    in_8bit=self.options.in_8bit,
                 )
             except PeerError as error:
                 raise _Failure(error, first) from None
@@ -511,7 +515,9 @@ class ChainSession:
 
     async def _open_hop(self, hop: ChainHop, upstream: str | None) -> HopStream:
         ops, vectors = self._edits.packed(hop.start, hop.end)
-        request = OpenSession(hop.session, self.model, hop.start, hop.end, upstream, ops)
+        request = OpenSession(
+            hop.session, self.model, hop.start, hop.end, upstream, ops, in_8bit=self.options.in_8bit
+        )
         node = self._connection.node
         if self._adapter is None or self._sender is None:
             return await HopStream.open(node, hop.peer, request, self._inbox, vectors)

@@ -12,8 +12,8 @@ from nbrunner.client.journal import PendingStep, Segment
 from nbrunner.errors import BadPeerDataError, PeerRefusedError
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import AnyMessage, Captured, HopTiming, Step, StepResult
-from nbrunner.protocol.tensors import pack, take
+from nbrunner.protocol.messages import EIGHT_BITS, AnyMessage, Captured, HopTiming, Step, StepResult
+from nbrunner.protocol.tensors import pack, pack_8bit, take
 
 PIPELINE_TOKENS = 128
 """Least tokens in a part of a prefill that several servers work on at once. On CPU, a Llama of hidden 1024 runs
@@ -85,6 +85,7 @@ async def send_segment(
     mask: torch.Tensor | None,
     positions: torch.Tensor | None,
     capture: bool,
+    in_8bit: bool = False,
 ) -> None:
     """Send a step to the first hop of a segment, in parts.
 
@@ -96,6 +97,8 @@ async def send_segment(
         [batch, end] bool or None.
     positions
         [1 or batch, end - segment.positions_from] or None.
+    in_8bit
+        Send hidden states with 8 bits a number, if the first hop understands that.
     """
     token_bytes = hidden[:1, :1].numel() * hidden.element_size()
     ends = part_ends(segment.source_from, pending.end, rows=hidden.shape[0], token_bytes=token_bytes, limits=limits)
@@ -118,7 +121,8 @@ async def send_segment(
             positions_from=segment.positions_from,
             capture=capture,
         )
-        tensors = [pack("hidden", hidden[:, window])]
+        rounded = in_8bit and EIGHT_BITS in first.features
+        tensors = pack_8bit("hidden", hidden[:, window]) if rounded else [pack("hidden", hidden[:, window])]
         tensors += [pack(f"carry.{index}", tensor[:, window]) for index, tensor in carry.items()]
         await first.send(step, [*tensors, *shared])
         begin = end

@@ -21,8 +21,11 @@ VERSION = 1
 STREAM = "nbrunner/1"
 """Name of the libp2p stream protocol: one handler for everything."""
 
-FEATURES: tuple[str, ...] = ("chain", "capture", "carry", "parts", "edits", "measure", "adapters", "keep")
+FEATURES: tuple[str, ...] = ("chain", "capture", "carry", "parts", "edits", "measure", "adapters", "keep", "8bit")
 """Optional abilities of this version, exchanged in `Hello` and `Welcome`."""
+
+EIGHT_BITS = "8bit"
+"""The feature of taking and sending hidden states with 8 bits a number (`nbrunner.protocol.tensors.pack_8bit`)."""
 
 RefusalCode = Literal[
     "version",  # another version of the wire
@@ -182,7 +185,8 @@ class OpenSession(Message, frozen=True):
 
     ``session`` is a random id chosen by the client. ``upstream`` is the server that will push steps here, None
     if only the client does. ``edits`` (tensors ``edit.N``) are made and ``adapter`` is used at every step of the
-    session.
+    session. ``in_8bit``: hidden states may go out with 8 bits a number (to the client, and to a next server that
+    has the feature ``8bit``), as they may come in at any time.
     """
 
     session: _Id
@@ -192,6 +196,7 @@ class OpenSession(Message, frozen=True):
     upstream: _Peer | None = None
     edits: _Edits = []
     adapter: AdapterUse | None = None
+    in_8bit: bool = False
 
 
 class SessionOpened(Message, frozen=True):

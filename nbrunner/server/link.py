@@ -43,6 +43,10 @@ class Link:
         """What the next hop takes; `PeerError` if it cannot be reached."""
         return (await self._opened()).welcome.limits
 
+    async def features(self) -> Sequence[str]:
+        """What the next hop can do; `PeerError` if it cannot be reached."""
+        return (await self._opened()).welcome.features
+
     async def send(self, part: Step, tensors: Sequence[RawTensor]) -> None:
         """Push one part; `PeerError` if that does not work."""
         stream = await self._opened()

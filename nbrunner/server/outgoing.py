@@ -14,8 +14,8 @@ from nbrunner.errors import PeerError
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import MAX_FRAME_BYTES
-from nbrunner.protocol.messages import AnyMessage, Captured, HopTiming, Step, StepFailed, StepResult
-from nbrunner.protocol.tensors import pack
+from nbrunner.protocol.messages import EIGHT_BITS, AnyMessage, Captured, HopTiming, Step, StepFailed, StepResult
+from nbrunner.protocol.tensors import pack, pack_8bit
 from nbrunner.server.inputs import windows
 from nbrunner.server.link import Link
 from nbrunner.server.session_state import PartPlan, next_hop
@@ -42,13 +42,18 @@ class Outgoing:
         The client's.
     session, blocks
         Of the session.
+    in_8bit
+        Hidden states may go out with 8 bits a number, to whoever understands that.
     """
 
-    def __init__(self, node: Node, stream: Stream, session: str, blocks: tuple[int, int]) -> None:
+    def __init__(
+        self, node: Node, stream: Stream, session: str, blocks: tuple[int, int], *, in_8bit: bool = False
+    ) -> None:
         self._node = node
         self._stream = stream
         self._session = session
         self._blocks = blocks
+        self._in_8bit = in_8bit
         self._link: Link | None = None
         self._pushed: tuple[int, int] = (0, 0)
         self._failed: tuple[int, int] = (0, 0)
@@ -145,7 +150,8 @@ class Outgoing:
     async def _answer(
         self, part: Step, plan: PartPlan, held: Mapping[str, torch.Tensor], timings: list[HopTiming]
     ) -> None:
-        for begin, tensors in _pieces(held, plan, MAX_FRAME_BYTES, plan.send_to - plan.send_from):
+        pieces = _pieces(held, plan, MAX_FRAME_BYTES, plan.send_to - plan.send_from, in_8bit=self._in_8bit)
+        for begin, tensors in pieces:
             await self._stream.send(StepResult(part.step, part.attempt, begin, part.end, timings), tensors)
 
     async def _push(
@@ -166,7 +172,8 @@ class Outgoing:
         try:
             limits = await link.limits()
             most = max(1, min(FORWARD_TOKENS, limits.part_tokens) // plan.batch)
-            for begin, tensors in _pieces(held, plan, limits.frame_bytes, most):
+            in_8bit = self._in_8bit and EIGHT_BITS in await link.features()
+            for begin, tensors in _pieces(held, plan, limits.frame_bytes, most, in_8bit=in_8bit):
                 onward = msgspec.structs.replace(part, position=begin, route=part.route[1:], timings=timings)
                 await link.send(onward, [*tensors, *shared])
         except PeerError as error:
@@ -190,10 +197,12 @@ class Outgoing:
 
 
 def _pieces(
-    held: Mapping[str, torch.Tensor], plan: PartPlan, frame_bytes: int, tokens: int
+    held: Mapping[str, torch.Tensor], plan: PartPlan, frame_bytes: int, tokens: int, *, in_8bit: bool
 ) -> Iterator[tuple[int, list[RawTensor]]]:
     """A window of the transcript as (begin, tensors) that fit a frame each, and hold at most so many tokens."""
     per_token = sum(tensor[:, :1].numel() * tensor.element_size() for tensor in held.values())
     for begin, end in windows(plan.send_from, plan.send_to, min(tokens, frame_bytes // max(1, per_token))):
         window = slice(begin - plan.send_from, end - plan.send_from)
-        yield begin, [pack(name, tensor[:, window]) for name, tensor in held.items()]
+        parts = {name: tensor[:, window] for name, tensor in held.items()}
+        rounded = pack_8bit("hidden", parts.pop("hidden")) if in_8bit else []
+        yield begin, [*rounded, *(pack(name, tensor) for name, tensor in parts.items())]

@@ -112,7 +112,7 @@ class ServerSession:
         self._parts: asyncio.Queue[_Arrived] = asyncio.Queue()
         self._busy = False
         blocks = (self.request.start, self.request.end)
-        self._out = Outgoing(self.host.node, self.stream, self.id, blocks)
+        self._out = Outgoing(self.host.node, self.stream, self.id, blocks, in_8bit=self.request.in_8bit)
         self._ended = False
 
     # -- the client's stream -------------------------------------------------------------------------------------
