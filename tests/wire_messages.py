@@ -53,7 +53,8 @@ def _values(node: inspect.Type, fields: Fields, most: int) -> st.SearchStrategy[
         case inspect.IntType():
             return st.integers(_or(node.ge, -(2**53)), _or(node.le, 2**53))
         case inspect.FloatType():
-            return st.floats(_or(node.ge, -1e9), _or(node.le, 1e9))
+            most = _or(node.le, _or(node.lt, 1e9))
+            return st.floats(_or(node.ge, -1e9), most, exclude_max=node.lt is not None)
         case inspect.StrType():
             hexadecimal = node.pattern is not None  # of all patterns there is only this one
             least = node.min_length or 0
