@@ -14,6 +14,7 @@ import msgspec
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.measure import Measure
 from nbrunner.protocol.records import ServerRecord
+from nbrunner.protocol.together import MAX_PARTICIPANTS, Digest, Lineage, Name, TeacherState, Teaching
 
 VERSION = 1
 """Version of the wire. Peers of another version refuse each other by name."""
@@ -37,6 +38,7 @@ RefusalCode = Literal[
     "full",  # no room now; see retry_after
     "position",  # a step that does not fit what the session holds
     "session",  # no such session here
+    "teaching",  # nothing of that name is taught here
     "schema",  # bytes that are not a message, or a message out of place
     "data",  # tensors of wrong shape, dtype, or with NaN or infinity
     "adapter",  # an adapter that is not here: send it, then ask again
@@ -53,6 +55,7 @@ _Reason = Annotated[str, msgspec.Meta(max_length=2000)]
 _Block = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 _Position = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Weight = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
@@ -451,6 +454,90 @@ class BackwardResult(Message, frozen=True):
     timing: HopTiming
 
 
+# -- teaching together --------------------------------------------------------------------------------------------
+
+
+class JoinTeaching(Message, frozen=True):
+    """The first words on a stream between two who teach together, by the opener; answered by the other's own.
+
+    The stream then carries `TeachingProgress` both ways and `BeginRound` from whoever calls the round. A peer that
+    teaches something else answers with its `TeachingManifest` and closes.
+    """
+
+    name: Name
+    digest: Digest
+    member: Annotated[str, msgspec.Meta(max_length=60)] = ""
+    reachable: bool = True
+
+
+class GetTeaching(Message, frozen=True):
+    """Answered by `TeachingManifest`."""
+
+
+class TeachingManifest(Message, frozen=True):
+    teaching: Teaching
+
+
+class TeachingProgress(Message, frozen=True):
+    """How far the sender is; at every change of ``state``, and at least every few seconds.
+
+    Attributes
+    ----------
+    turn
+        Number of the round the sender asks for, counted by itself.
+    steps, samples
+        In all, its own.
+    fresh
+        Samples since its last round: its weight in the next.
+    round
+        Rounds that its parameters went through.
+    lineage
+        What its parameters go back to.
+    finished
+        It has no more steps to do, and waits for the others to get there.
+    """
+
+    state: TeacherState
+    turn: _Number
+    steps: _Number
+    samples: _Number
+    fresh: _Number
+    round: _Number
+    lineage: Lineage
+    finished: bool = False
+
+
+class BeginRound(Message, frozen=True):
+    """By the peer that coordinates: average now, with these, in this order, with these weights.
+
+    ``turns``: the turn of each that this answers; who has moved on since ignores it. ``last``: all have finished.
+    """
+
+    group: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    round: _Number
+    peers: Annotated[list[_Peer], msgspec.Meta(min_length=1, max_length=MAX_PARTICIPANTS)]
+    weights: Annotated[
+        list[Annotated[float, msgspec.Meta(ge=0, le=1e15)]], msgspec.Meta(min_length=1, max_length=MAX_PARTICIPANTS)
+    ]
+    turns: Annotated[list[_Number], msgspec.Meta(min_length=1, max_length=MAX_PARTICIPANTS)]
+    last: bool = False
+
+
+class GetTeachingState(Message, frozen=True):
+    """Answered by `TeachingState` frames, the last of which reaches the end."""
+
+    name: Name
+    digest: Digest
+
+
+class TeachingState(Message, frozen=True):
+    """Tensor: ``values`` [n] float32, from ``position`` on."""
+
+    lineage: Lineage
+    round: _Number
+    position: _Number
+
+
 AnyMessage = (
     Hello
     | Welcome
@@ -477,4 +564,11 @@ AnyMessage = (
     | ForwardResult
     | Backward
     | BackwardResult
+    | JoinTeaching
+    | GetTeaching
+    | TeachingManifest
+    | TeachingProgress
+    | BeginRound
+    | GetTeachingState
+    | TeachingState
 )

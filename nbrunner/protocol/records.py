@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from nbrunner.errors import BadPeerDataError, InviteError, UserInputError
-from nbrunner.protocol.credentials import check_credential, swarm_name
+from nbrunner.protocol.credentials import Role, check_credential, swarm_name
 from nbrunner.protocol.identity import Identity, public_key_of, signature_is_valid
 from nbrunner.protocol.limits import MAX_RECORD_BYTES, MAX_RECORD_LIFETIME
 
@@ -21,6 +21,8 @@ ServerState = Literal["joining", "online", "draining", "offline"]
 
 QUANTIZATIONS = ("none", "int8", "int4", "nf4")
 """How a server can keep the weights of its linear layers."""
+
+_PURPOSE = b"nbrunner record 1\0"
 
 _Text = Annotated[str, msgspec.Meta(max_length=200)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -106,8 +108,21 @@ def sign_record(
     record: ServerRecord, *, identity: Identity, credential: bytes, swarm: bytes, expires: float
 ) -> bytes:
     """The bytes to store under ``identity.peer_id``, good until ``expires`` (unix seconds)."""
-    payload = msgspec.msgpack.encode(record)
-    signature = identity.sign(_message(swarm, identity.peer_id, payload, expires))
+    return sign_payload(
+        msgspec.msgpack.encode(record),
+        purpose=_PURPOSE,
+        identity=identity,
+        credential=credential,
+        swarm=swarm,
+        expires=expires,
+    )
+
+
+def sign_payload(
+    payload: bytes, *, purpose: bytes, identity: Identity, credential: bytes, swarm: bytes, expires: float
+) -> bytes:
+    """A `SignedRecord` of any kind; ``purpose`` keeps one kind from passing as another."""
+    signature = identity.sign(_message(purpose, swarm, identity.peer_id, payload, expires))
     return msgspec.msgpack.encode(SignedRecord(payload, credential, signature))
 
 
@@ -130,6 +145,31 @@ def open_record(
     BadPeerDataError
         With the reason; the record must be neither stored nor believed.
     """
+    payload = open_payload(
+        data, purpose=_PURPOSE, role="host", peer_id=peer_id, swarm=swarm, expires=expires, now=now
+    )
+    try:
+        record = msgspec.msgpack.decode(payload, type=ServerRecord)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadPeerDataError(f"record refused: {error}", peer=peer_id) from None
+    if not record.start < record.end <= record.num_blocks:
+        raise BadPeerDataError(
+            f"record claims blocks [{record.start}, {record.end}) of {record.num_blocks}", peer=peer_id
+        )
+    return record
+
+
+def open_payload(
+    data: bytes,
+    *,
+    purpose: bytes,
+    role: Role,
+    peer_id: str,
+    swarm: bytes,
+    expires: float,
+    now: float | None = None,
+) -> bytes:
+    """Check who signed a record of any kind, and return what is in it, not yet read; see `open_record`."""
     now = time.time() if now is None else now
     if len(data) > MAX_RECORD_BYTES:
         raise BadPeerDataError(f"record of {len(data)} bytes, {MAX_RECORD_BYTES} allowed", peer=peer_id)
@@ -143,19 +183,14 @@ def open_record(
         key = public_key_of(peer_id)
     except (msgspec.DecodeError, UnicodeDecodeError, UserInputError) as error:
         raise BadPeerDataError(f"record cannot be read: {error}", peer=peer_id) from None
-    if not signature_is_valid(key, _message(swarm, peer_id, signed.payload, expires), signed.signature):
+    if not signature_is_valid(key, _message(purpose, swarm, peer_id, signed.payload, expires), signed.signature):
         raise BadPeerDataError("record is not signed by the peer it is filed under", peer=peer_id)
     try:
-        check_credential(signed.credential, swarm=swarm, peer_id=peer_id, role="host", now=now)
-        record = msgspec.msgpack.decode(signed.payload, type=ServerRecord)
-    except (InviteError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        check_credential(signed.credential, swarm=swarm, peer_id=peer_id, role=role, now=now)
+    except InviteError as error:
         raise BadPeerDataError(f"record refused: {error}", peer=peer_id) from None
-    if not record.start < record.end <= record.num_blocks:
-        raise BadPeerDataError(
-            f"record claims blocks [{record.start}, {record.end}) of {record.num_blocks}", peer=peer_id
-        )
-    return record
+    return signed.payload
 
 
-def _message(swarm: bytes, peer_id: str, payload: bytes, expires: float) -> bytes:
-    return b"nbrunner record 1\0" + msgspec.msgpack.encode((swarm, peer_id, expires, payload))
+def _message(purpose: bytes, swarm: bytes, peer_id: str, payload: bytes, expires: float) -> bytes:
+    return purpose + msgspec.msgpack.encode((swarm, peer_id, expires, payload))

@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbrunner.errors import (
     BadPeerDataError,
@@ -28,6 +28,7 @@ from nbrunner.protocol.identity import Identity, short_peer
 from nbrunner.protocol.limits import MAX_RECORD_LIFETIME, Limits
 from nbrunner.protocol.messages import FEATURES, STREAM, VERSION, Hello, Refused, Welcome
 from nbrunner.protocol.records import ServerRecord, sign_record
+from nbrunner.protocol.together import TeachingRecord, sign_teaching
 from nbrunner.swarm import control
 from nbrunner.swarm.daemon import Daemon, join, split_address, start_p2p
 from nbrunner.swarm.streams import SCRATCH_BYTES, FrameProtocol, Stream
@@ -82,7 +83,8 @@ class Node:
         self.addresses: list[str] = []
         self._daemon = daemon
         self._bootstrap = bootstrap
-        self._records: RecordStore | None = None
+        self._records: RecordStore[ServerRecord] | None = None
+        self._teachers: RecordStore[TeachingRecord] | None = None
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._protocols: weakref.WeakSet[FrameProtocol] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -163,17 +165,19 @@ class Node:
     async def _join_dht(self, reached: list[str], *, client_mode: bool) -> None:
         from nbrunner.swarm.membership import MembershipAuthorizer
         from nbrunner.swarm.records import RecordStore
-        from nbrunner.swarm.validator import RecordValidator
+        from nbrunner.swarm.validator import RecordValidator, TeachingValidator
 
+        teaching = TeachingValidator(self.swarm)
         self._records = await RecordStore.create(
             self._daemon.p2p,
-            RecordValidator(self.swarm),
+            [RecordValidator(self.swarm), teaching],
             MembershipAuthorizer(self.identity, self.credential, self.swarm),
             reached,
             self._reach,
             # Others believe only hosts; as a node nobody believes we would cost everyone a request in vain.
             client_mode=client_mode or self.terms.role != "host",
         )
+        self._teachers = self._records.beside(teaching)
         if reached and self._records.alone:
             await self._tell_why_refused([split_address(address)[1] for address in reached])
 
@@ -240,6 +244,28 @@ class Node:
             ) from None
         except (ConnectionError, FileNotFoundError) as error:
             raise PeerUnreachableError(f"our own p2p daemon does not answer: {error}", peer=peer) from None
+
+    async def connect(self, peer: str, addresses: Sequence[str], *, timeout: float = 5.0) -> None:
+        """Connect to a peer at multiaddresses without their ``/p2p/PEERID`` part.
+
+        Raises
+        ------
+        PeerUnreachableError
+        """
+        self._check_open()
+        try:
+            async with asyncio.timeout(timeout):
+                await control.connect(self._daemon.socket, peer, list(addresses))
+        except (control.ControlError, TimeoutError, OSError) as error:
+            raise PeerUnreachableError(
+                f"peer {short_peer(peer)} cannot be reached: {error or 'no answer'}", peer=peer
+            ) from None
+
+    @property
+    def p2p(self) -> Any:
+        """Hivemind's client of our daemon, for what of hivemind runs over it."""
+        self._check_open()
+        return self._daemon.p2p
 
     async def _connect_by_record(self, peer: str) -> None:
         if not self._store().addresses.get(peer):
@@ -422,7 +448,7 @@ class Node:
         """The records of all servers, by PeerID, as the nodes hold them now."""
         return {peer: held.record for peer, held in (await self.fetch_held())[0].items()}
 
-    async def fetch_held(self) -> tuple[dict[str, Held], int]:
+    async def fetch_held(self) -> tuple[dict[str, Held[ServerRecord]], int]:
         """The records with their expirations, and how many other nodes were heard."""
         self._check_open()
         held, heard = await self._store().fetch()
@@ -431,7 +457,7 @@ class Node:
             held, heard = await self._rejoin(held)
         return held, heard
 
-    async def _rejoin(self, held: dict[str, Held]) -> tuple[dict[str, Held], int]:
+    async def _rejoin(self, held: dict[str, Held[ServerRecord]]) -> tuple[dict[str, Held[ServerRecord]], int]:
         """Nobody was heard: after sleep or a change of network the first addresses may work again."""
         with contextlib.suppress(NBRunnerError):
             for address in await join(self._daemon, self._bootstrap):
@@ -439,7 +465,28 @@ class Node:
             return await self._store().fetch()
         return held, 0
 
-    def _store(self) -> RecordStore:
+    async def publish_teaching(self, record: TeachingRecord, *, lifetime: float = 60.0) -> bool:
+        """File in the DHT that we teach, for ``lifetime`` seconds; False if no node took it."""
+        self._check_open()
+        if self.terms.expired():
+            raise InviteError("the invite has expired; ask the swarm's creator for a new one.")
+        now = time.time()
+        expires = max(now + min(lifetime, MAX_RECORD_LIFETIME), self._last_expiry + 0.001)
+        self._last_expiry = expires
+        data = sign_teaching(
+            record, identity=self.identity, credential=self.credential, swarm=self.swarm, expires=expires
+        )
+        return self._teachers is not None and await self._teachers.publish(data, expires) > 0
+
+    async def fetch_teaching(self) -> dict[str, TeachingRecord]:
+        """Who teaches in this swarm, by PeerID."""
+        self._check_open()
+        if self._teachers is None:
+            raise SessionError("the node has not joined the swarm yet")
+        held, _ = await self._teachers.fetch()
+        return {peer: one.record for peer, one in held.items()}
+
+    def _store(self) -> RecordStore[ServerRecord]:
         if self._records is None:
             raise SessionError("the node has not joined the swarm yet")
         return self._records

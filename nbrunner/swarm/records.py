@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from hivemind.dht import DHTNode
@@ -25,11 +25,19 @@ from hivemind.proto import dht_pb2
 
 from nbrunner.errors import BadPeerDataError
 from nbrunner.protocol.identity import is_peer_id, short_peer
-from nbrunner.protocol.records import ServerRecord
 from nbrunner.swarm.membership import MembershipAuthorizer
-from nbrunner.swarm.validator import RecordValidator
+from nbrunner.swarm.validator import DirectoryValidator, SignedValidator
+
+
+class Addressed(Protocol):
+    """A record that says where its peer can be reached."""
+
+    @property
+    def addresses(self) -> list[str]: ...
+
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Addressed)
 logger = logging.getLogger(__name__)
 
 REPLICAS = 8
@@ -51,10 +59,10 @@ _Entry = tuple[str, bytes, float]  # PeerID, signed record, expiration
 _dictionary = msgspec.msgpack.Decoder(tuple[Any, Any, list[_Entry]])
 
 
-class Held(NamedTuple):
+class Held(NamedTuple, Generic[R]):
     """A checked record and until when it is good (unix seconds)."""
 
-    record: ServerRecord
+    record: R
     expires: float
 
 
@@ -74,15 +82,15 @@ class _Node:
         return str(self.peer.to_base58())
 
 
-class RecordStore:
-    """Reads and writes the records of one swarm.
+class RecordStore(Generic[R]):
+    """Reads and writes the records of one kind in one swarm.
 
     Parameters
     ----------
     dht
         Our `hivemind.dht.DHTNode`.
     validator
-        The one it was created with.
+        Of this kind of records; one of those that it was created with.
     peer_id
         Ours.
     reach
@@ -99,7 +107,7 @@ class RecordStore:
     def __init__(
         self,
         dht: Any,
-        validator: RecordValidator,
+        validator: SignedValidator,
         peer_id: str,
         reach: Callable[[str], Awaitable[bool]],
         *,
@@ -118,19 +126,22 @@ class RecordStore:
     async def create(
         cls,
         p2p: Any,
-        validator: RecordValidator,
+        validators: Sequence[SignedValidator],
         authorizer: MembershipAuthorizer,
         bootstrap: Iterable[str],
         reach: Callable[[str], Awaitable[bool]],
         *,
         client_mode: bool,
-    ) -> RecordStore:
-        """Join the DHT over a P2P that is already connected to ``bootstrap`` (multiaddresses with PeerIDs)."""
+    ) -> RecordStore[R]:
+        """Join the DHT over a P2P that is already connected to ``bootstrap`` (multiaddresses with PeerIDs).
+
+        The store is for the first of ``validators``; `beside` makes those for the others.
+        """
         dht = await DHTNode.create(
             p2p=p2p,
             initial_peers=list(bootstrap),
             client_mode=client_mode,
-            record_validator=validator,
+            record_validator=DirectoryValidator(validators),
             authorizer=authorizer,
             num_replicas=REPLICAS,
             wait_timeout=_RPC_SECONDS,
@@ -142,7 +153,11 @@ class RecordStore:
             cache_on_store=False,
             reuse_get_requests=False,
         )
-        return cls(dht, validator, p2p.peer_id.to_base58(), reach, client_mode=client_mode)
+        return cls(dht, validators[0], p2p.peer_id.to_base58(), reach, client_mode=client_mode)
+
+    def beside(self, validator: SignedValidator) -> RecordStore[Any]:
+        """Another kind of records over the same DHT node, which stays ours to close."""
+        return RecordStore(self._dht, validator, self._peer_id, self._reach, client_mode=self._client_mode)
 
     async def close(self) -> None:
         await self._dht.shutdown()
@@ -181,9 +196,9 @@ class RecordStore:
             taken += task.result()
         return taken
 
-    async def fetch(self) -> tuple[dict[str, Held], int]:
+    async def fetch(self) -> tuple[dict[str, Held[R]], int]:
         """Every good record that any of the nodes holds, the latest of each peer, and how many nodes answered."""
-        found: dict[str, Held] = {}
+        found: dict[str, Held[R]] = {}
         if not self._client_mode:
             own = self._dht.protocol.storage.get(self._validator.key_id)
             if own is not None and not isinstance(own.value, bytes):
@@ -221,7 +236,7 @@ class RecordStore:
             self._learn(node_id, peer)
         return _entries(result)
 
-    def _merge(self, found: dict[str, Held], entries: Iterable[_Entry]) -> None:
+    def _merge(self, found: dict[str, Held[R]], entries: Iterable[_Entry]) -> None:
         now = time.time()
         for peer, value, expires in entries:
             held = found.get(peer)
