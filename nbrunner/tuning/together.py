@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import torch
 
 from nbrunner.errors import NBRunnerError, ServerStartError, SessionError, UserInputError
@@ -138,7 +139,7 @@ class Together:
             float(exchange_seconds),
             float(farewell),
             float(clip),
-            list(listen) if listen is not None else listen_for(self._invite),
+            tuple(listen) if listen is not None else tuple(listen_for(self._invite)),
             reachable,
         )
         self.peer_id = ""
@@ -189,8 +190,8 @@ class Together:
     def after_step(self, samples: int = 1) -> Outcome | None:
         """Say that a step was made, on so many samples; average if it is time. Returns what came of the round.
 
-        Waits at most ``patience`` seconds for others and ``exchange_seconds`` for the exchange (twice that if a
-        peer is lost in the middle of it), and then goes on alone.
+        Waits at most ``patience`` seconds for others and ``exchange_seconds`` for the exchange (both twice
+        if a peer is lost in the middle of it), and then goes on alone.
 
         Raises
         ------
@@ -301,6 +302,7 @@ class Together:
             self._since = 0
 
     def _round(self, *, finish: float | None) -> Outcome:
+        began = time.monotonic()
         vector = self._vector()
         process = self._ready(vector)
         if process is None:
@@ -310,7 +312,7 @@ class Together:
         process.say(Note(self.steps, self.samples, self._fresh))
         process.say(Average(self._turn, self._lineage, finish), bytes_of(vector))
         settings = self._settings
-        seconds = settings.patience + 2 * settings.exchange + (finish or 0.0) + _GRACE_SECONDS
+        seconds = 2 * (settings.patience + settings.exchange) + (finish or 0.0) + _GRACE_SECONDS
         try:
             message, body = self._answer(process, seconds)
         except BaseException as error:
@@ -328,6 +330,7 @@ class Together:
         if outcome.kind != "alone":
             self._fresh = 0
         self._since = 0
+        outcome = msgspec.structs.replace(outcome, seconds=time.monotonic() - began)
         self.history.append(outcome)
         return outcome
 
@@ -404,7 +407,7 @@ class Together:
 
     def _load(self, body: bytearray) -> None:
         vector = torch.frombuffer(body, dtype=torch.float32)
-        parts = torch.split(vector, [tensor.numel() for tensor in self._tensors.values()])  # type: ignore[no-untyped-call]
+        parts = torch.split(vector, [tensor.numel() for tensor in self._tensors.values()])
         with torch.no_grad():
             for tensor, part in zip(self._tensors.values(), parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))

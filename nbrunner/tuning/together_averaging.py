@@ -62,6 +62,8 @@ class Averaged:
         PeerID → what was wrong with what it sent.
     silent
         PeerIDs that sent us nothing, or not all.
+    lost
+        PeerIDs whose share of the average did not come.
     """
 
     vector: torch.Tensor
@@ -69,6 +71,7 @@ class Averaged:
     clipped: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 class CheckedAllReduce(AllReduceRunner):  # type: ignore[misc]
@@ -92,6 +95,7 @@ class CheckedAllReduce(AllReduceRunner):  # type: ignore[misc]
         ]
         self.clipped: dict[str, int] = {}
         self.refused: dict[str, str] = {}
+        self.lost: list[str] = []
 
     async def _accumulate_parts_streaming(self, stream: Any, sender_index: int) -> Any:
         """Take the parts of one sender into the average, and answer each with the difference."""
@@ -146,6 +150,7 @@ class CheckedAllReduce(AllReduceRunner):  # type: ignore[misc]
         except BaseException as error:
             if isinstance(error, Exception):
                 logger.info("no average from %s: %r", short_peer(peer_id.to_base58()), error)
+            self.lost.append(peer_id.to_base58())
             self.tensor_part_container.register_failed_reducer(index)
             raise
 
@@ -254,7 +259,7 @@ class Averaging(ServicerBase):  # type: ignore[misc]
             self._groups.pop(group.id, None)
         silent = [peer.to_base58() for peer in runner.banned_senders]
         complete = 1.0 - failed / max(len(vector), 1)
-        return Averaged(vector + deltas[0], complete, runner.clipped, runner.refused, silent)
+        return Averaged(vector + deltas[0], complete, runner.clipped, runner.refused, silent, runner.lost)
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext

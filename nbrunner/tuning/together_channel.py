@@ -51,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True):
     exchange: float = 20.0
     farewell: float = 30.0
     clip: float = 10.0
-    listen: list[str] = ["/ip4/127.0.0.1/tcp/0"]
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     reachable: bool = True
 
 
@@ -108,21 +108,21 @@ class Outcome(msgspec.Struct, frozen=True):
         Where the parameters are now.
     peers
         PeerIDs of those whose parameters are in it, ours too.
-    seconds
-        That it took, waiting included.
     complete
         Share of the values that was averaged.
     last
         All have finished.
+    seconds
+        That the trainer waited.
     """
 
     kind: str
     round: int
     lineage: bytes
     peers: list[str]
-    seconds: float = 0.0
     complete: float = 1.0
     last: bool = False
+    seconds: float = 0.0
 
 
 class _Said(msgspec.Struct, frozen=True, tag=True):

@@ -42,6 +42,7 @@ SILENT_SECONDS = 10.0
 
 _SAY_SECONDS = 2.0
 _ANSWER_SECONDS = 5.0
+_GOODBYE_SECONDS = 0.5
 _SEND_SECONDS = 3.0
 _STATE_SECONDS = 120.0
 _RECORD_SECONDS = 60.0
@@ -162,8 +163,11 @@ class Mesh:
         self._spawn(self._keep_talking(), "together-talk")
 
     async def close(self) -> None:
-        """Say goodbye and end all streams."""
-        await self.say(wait=True)
+        """Say goodbye, and end all streams when the others have."""
+        await self.say()
+        with contextlib.suppress(TimeoutError):  # a word sent just before a stream is closed may be lost
+            async with asyncio.timeout(_GOODBYE_SECONDS), self._news:
+                await self._news.wait_for(lambda: not self.live_or_new)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -177,12 +181,11 @@ class Mesh:
         """`say` it without waiting."""
         self._spawn(self.say(), "together-say")
 
-    async def say(self, *, wait: bool = False) -> None:
+    async def say(self) -> None:
         """Tell everyone how far we are."""
         message = self._progress()
-        sending = [self._spawn(self._send(member, message), "together-say") for member in self.live_or_new]
-        if wait and sending:
-            await asyncio.wait(sending, timeout=1.0)
+        for member in self.live_or_new:
+            self._spawn(self._send(member, message), "together-say")
 
     @property
     def live_or_new(self) -> list[Member]:
@@ -288,6 +291,8 @@ class Mesh:
                     self._note(member, message)
                     async with self._news:
                         self._news.notify_all()
+                    if message.state == "left":
+                        return
                 elif isinstance(message, BeginRound):
                     self._on_begin(stream.peer, message)
                 else:
@@ -295,9 +300,11 @@ class Mesh:
         finally:
             member.streams.remove(stream)
             stream.close()
-            if not member.streams:
+            if not member.streams and not (member.progress is not None and member.progress.state == "left"):
                 self._look.set()  # it may be the connection that was lost, and not the peer
             self._on_change()
+            async with self._news:
+                self._news.notify_all()
 
     def _note(self, member: Member, message: TeachingProgress) -> None:
         before = member.progress

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ from nbrunner.tuning.together_rounds import (
 logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 2.0  # for the coordinator's word to arrive after the time is over
-_DISTRUST_SECONDS = 60.0  # for a coordinator that did not say anything in time
+_DISTRUST_SECONDS = 60.0  # for a coordinator that said nothing in time, and for who sent what it must not send
+_LOST_SECONDS = 20.0  # for who did not give back its share of the average
 _SHRINK = 0.9  # per round, of the largest step seen: learning rates fall slowly
 _UNMOVED = 1e-3  # by how much others may differ from who has not trained at all, beside its own size
 
@@ -56,6 +58,7 @@ class Own:
     lineage: bytes = b""
     finished: bool = False
     began: float = 0.0
+    overdue: bool = False
     rounds: int = 0
     share: float = 0.0
 
@@ -94,9 +97,11 @@ class TeachingSession:
         self._scale = 0.0
         self._begun: asyncio.Future[BeginRound] | None = None
         self._distrusted: dict[str, float] = {}
+        self._refused: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._on_call = on_call
         self._called = False
+        self._went_over = False  # to the parameters of others, and the trainer does not know yet
         self._task: asyncio.Task[None] | None = None
         self._mesh = Mesh(
             node,
@@ -181,18 +186,21 @@ class TeachingSession:
         Returns what happened, and the parameters to go on with.
         """
         if lineage != self.own.lineage:
+            self._went_over = False
             return self._outcome("joined"), self.base
         self._measure(vector)
         if not self._views_of_others():
             self.base, self._base_steps = vector, self.own.steps
             return self._outcome("alone"), vector
-        began = time.monotonic()
-        self.own.began = self.own.began if self.own.finished else began
+        if not self.own.finished:
+            self.own.began = time.monotonic()
         try:
-            outcome, vector = await self._round(vector, began)
-            if 0.0 < outcome.complete < 1.0:
+            outcome, vector = await self._round(vector)
+            if outcome.complete < 1.0:
                 # A peer was lost that averaged a share for all: the others miss the same share, so once more.
-                outcome, vector = await self._round(vector, began)
+                if not self.own.finished:
+                    self.own.began = time.monotonic()
+                outcome, vector = await self._round(vector)
         finally:
             self.own.state = "training"
             self._announce()
@@ -208,8 +216,6 @@ class TeachingSession:
             lineage = own.lineage
             if outcome.kind == "joined":
                 continue
-            if outcome.kind == "averaged":
-                own.fresh = 0
             if outcome.last or not self._views_of_others() or time.monotonic() >= deadline:
                 own.state = "finished"
                 await self._mesh.say()
@@ -238,10 +244,10 @@ class TeachingSession:
 
     # -- one round ------------------------------------------------------------------------------------------------
 
-    async def _round(self, vector: torch.Tensor, began: float) -> tuple[Outcome, torch.Tensor]:
+    async def _round(self, vector: torch.Tensor) -> tuple[Outcome, torch.Tensor]:
         own, settings = self.own, self._settings
         own.turn += 1
-        own.state = "waiting"
+        own.state, own.overdue = "waiting", False
         self._begun = asyncio.get_running_loop().create_future()
         self._announce()
         patience = settings.farewell if own.finished else settings.patience
@@ -252,12 +258,12 @@ class TeachingSession:
                 begin = await self._begun
         except TimeoutError:
             self._distrust(self._coordinator())
-            return self._outcome("alone", began=began), vector
+            return self._outcome("alone"), vector
         finally:
             self._begun = None
         if len(begin.peers) == 1:
             self.base, self._base_steps = vector, own.steps
-            return self._outcome("alone", began=began, last=begin.last), vector
+            return self._outcome("alone", last=begin.last), vector
         own.state = "averaging"
         self._announce()
         group = self._group(begin)
@@ -267,8 +273,8 @@ class TeachingSession:
             )
         except Exception as error:  # noqa: BLE001 - hivemind's own errors, of any type: this round is lost, no more
             logger.warning("a round with %d peers failed: %r", len(group.peers), error)
-            return self._outcome("alone", began=began), vector
-        return self._take(averaged, begin, group, began), averaged.vector
+            return self._outcome("alone"), vector
+        return self._take(averaged, begin, group), averaged.vector
 
     def _group(self, begin: BeginRound) -> Group:
         reachable = [
@@ -277,41 +283,43 @@ class TeachingSession:
         ]
         return Group(begin.group, begin.peers, capped(begin.weights), reachable)
 
-    def _take(self, averaged: Averaged, begin: BeginRound, group: Group, began: float) -> Outcome:
+    def _take(self, averaged: Averaged, begin: BeginRound, group: Group) -> Outcome:
         """Account for what a round brought."""
-        own, total = self.own, sum(group.weights)
+        own, total, now = self.own, sum(group.weights), time.monotonic()
+        left_out = {*averaged.refused, *averaged.silent}
+        for peer in averaged.lost:
+            self._refused[peer] = now + _LOST_SECONDS
+        for peer, what in averaged.refused.items():
+            self._refused[peer] = now + _DISTRUST_SECONDS
+            self._mesh.members[peer].refused = what
+            logger.warning("%s sent %s: left out", short_peer(peer), what)
+        if averaged.complete == 0.0:
+            return self._outcome("alone", complete=0.0)
         for peer, weight in zip(group.peers, group.weights, strict=True):
             if peer == self._node.peer_id:
                 own.share = weight / total
-                continue
-            member = self._mesh.members[peer]
-            member.clipped += averaged.clipped.get(peer, 0)
-            if peer in averaged.refused:
-                member.refused = averaged.refused[peer]
-                logger.warning("%s sent %s: left out", short_peer(peer), averaged.refused[peer])
-            elif peer not in averaged.silent:
+            elif peer not in left_out:
+                member = self._mesh.members[peer]
                 member.rounds += 1
                 member.share = weight / total
+                member.clipped += averaged.clipped.get(peer, 0)
         own.rounds += 1
         own.round = max(begin.round, own.round + 1)
         own.fresh = 0
         self.base, self._base_steps = averaged.vector, own.steps
-        left_out = {*averaged.refused, *averaged.silent}
         peers = [peer for peer in group.peers if peer not in left_out]
-        return self._outcome("averaged", peers=peers, began=began, complete=averaged.complete, last=begin.last)
+        return self._outcome("averaged", peers=peers, complete=averaged.complete, last=begin.last)
 
     def _outcome(
         self,
         kind: str,
         *,
         peers: list[str] | None = None,
-        began: float | None = None,
         complete: float = 1.0,
         last: bool = False,
     ) -> Outcome:
-        seconds = time.monotonic() - began if began is not None else 0.0
         own = self.own
-        return Outcome(kind, own.round, own.lineage, peers or [self._node.peer_id], seconds, complete, last)
+        return Outcome(kind, own.round, own.lineage, peers or [self._node.peer_id], complete, last)
 
     def _measure(self, vector: torch.Tensor) -> None:
         """Note how far one step moves us: others are believed to move about as far."""
@@ -336,14 +344,22 @@ class TeachingSession:
         return member.live and member.progress is not None and member.progress.lineage == self.own.lineage
 
     def _own_view(self) -> View:
-        own, peer = self.own, self._node.peer_id
+        own = self.own
         return View(
-            peer, own.state, own.lineage, own.turn, own.steps, own.fresh, own.round, own.began, own.finished
+            self._node.peer_id,
+            own.state,
+            own.lineage,
+            own.turn,
+            own.steps,
+            own.fresh,
+            own.round,
+            own.began,
+            own.finished,
+            own.overdue,
         )
 
     def _coordinator(self) -> str:
-        now = time.monotonic()
-        distrusted = [peer for peer, until in self._distrusted.items() if until > now]
+        distrusted = [*_still(self._distrusted), *_still(self._refused)]
         return coordinator([self._node.peer_id, *(one.peer for one in self._views_of_others())], distrusted)
 
     def _distrust(self, peer: str) -> None:
@@ -368,7 +384,12 @@ class TeachingSession:
         """Begin the round that is due, if it is ours to; returns the seconds after which to look again."""
         if self._coordinator() != self._node.peer_id:
             return None
+        refused = _still(self._refused)
         others = [one for one in self._views_of_others() if not self._has_begun(one)]
+        for one in others:
+            if one.peer in refused and one.state == "waiting":
+                await self._begin([one], last=False)  # by itself, and it need not wait
+        others = [one for one in others if one.peer not in refused]
         mine = self._own_view()
         if mine.state == "waiting" and (self._begun is None or self._begun.done()):
             views = others
@@ -377,7 +398,9 @@ class TeachingSession:
         settings = self._settings
         found = due(views, now=time.monotonic(), patience=settings.patience, farewell=settings.farewell)
         for peer in found.absent:
-            if peer in self._mesh.members:
+            if peer == self._node.peer_id:
+                self.own.overdue = True  # we coordinate, while our own trainer does not come
+            else:
                 self._mesh.members[peer].overdue = True
         if found.group:
             await self._begin(found.group, last=found.last)
@@ -387,6 +410,7 @@ class TeachingSession:
         return view.state == "waiting" and self._mesh.members[view.peer].turn_begun >= view.turn
 
     async def _begin(self, group: list[View], *, last: bool) -> None:
+        random.shuffle(group)  # who averages which share changes from round to round
         message = BeginRound(
             os.urandom(16),
             max(one.round for one in group) + 1 if len(group) > 1 else group[0].round,
@@ -419,7 +443,7 @@ class TeachingSession:
             self._begun.set_result(message)
 
     def _tell_called(self) -> None:
-        called = self.own.state == "training" and is_called(self._views_of_others())
+        called = self._went_over or (self.own.state == "training" and is_called(self._views_of_others()))
         if called != self._called:
             self._called = called
             self._on_call(called)
@@ -443,7 +467,7 @@ class TeachingSession:
             self.base, self._base_steps = vector, self.own.steps
             self.own.lineage, self.own.round = lineage, round_
             logger.info("went over to the parameters of %s, round %d", short_peer(member.peer), round_)
-            self._on_call(True)  # the trainer learns of it when it next comes
+            self._went_over = self._task is not None
             self._announce()
             return
 
@@ -458,6 +482,11 @@ class TeachingSession:
     def _announce(self) -> None:
         self._changed.set()
         self._mesh.announce()
+
+
+def _still(until: dict[str, float]) -> set[str]:
+    now = time.monotonic()
+    return {peer for peer, end in until.items() if end > now}
 
 
 def _view(member: Member) -> View:
