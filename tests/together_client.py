@@ -64,9 +64,8 @@ def main() -> None:
         outcome = together.after_step(len(mine["input_ids"])) if together is not None else None
         if outcome is not None:
             waited.append(outcome.seconds)
-        say(
-            "step", step=step, loss=loss.item(), kind=outcome and outcome.kind, peers=outcome and len(outcome.peers)
-        )
+        peers = len(outcome.peers) if outcome is not None else 0
+        say("step", step=step, loss=loss.item(), kind=outcome and outcome.kind, peers=peers)
         if options.get("pace"):
             time.sleep(options["pace"])
     kinds: dict[str, int] = {}

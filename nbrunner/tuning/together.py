@@ -281,9 +281,7 @@ class Together:
         if closed:
             process.close()
             raise SessionError("this one has left while it joined")
-        start = Start(
-            str(self._invite), self.teaching, self._settings, self._lineage, self.round, self.steps, self.samples
-        )
+        start = Start(str(self._invite), self.teaching, self._settings, self.round, self.steps, self.samples)
         process.say(start, bytes_of(vector))
         try:
             message, body = process.answer(_START_SECONDS)

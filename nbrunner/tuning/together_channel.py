@@ -133,12 +133,14 @@ class _Said(msgspec.Struct, frozen=True, tag=True):
 
 
 class Start(_Said, frozen=True):
-    """The first. Body: our parameters. The rest is where we stand, after a restart of the child."""
+    """The first. Body: our parameters. The rest is where we stand, after a restart of the child.
+
+    Not the lineage: who was away begins anew, from where the others are by then, like all who come late.
+    """
 
     invite: str
     teaching: Teaching
     settings: Settings
-    lineage: bytes = b""
     round: int = 0
     steps: int = 0
     samples: int = 0

@@ -107,7 +107,7 @@ class Child:
                 await self._session.close()
 
     async def _start(self, start: Start, vector: torch.Tensor) -> bool:
-        own = Own(steps=start.steps, samples=start.samples, round=start.round, lineage=start.lineage)
+        own = Own(steps=start.steps, samples=start.samples, round=start.round)
         joining = asyncio.create_task(
             TeachingSession.create(
                 Invite.parse(start.invite),
