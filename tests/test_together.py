@@ -103,7 +103,7 @@ def test_three_teach_one_is_killed_and_the_others_finish_as_well_as_one_alone(tm
         common = {"invite": swarm.invite, "model": swarm.model, "steps": steps, "every": 5, "parts": 3}
         alone = run_client({**common, "part": 0, "seed": 0, "save": str(tmp_path / "alone")})
         together = [
-            {**common, "part": part, "seed": part, "name": "facts", "save": str(tmp_path / f"part{part}")}
+            {**common, "part": part, "seed": 0, "name": "facts", "save": str(tmp_path / f"part{part}")}
             for part in range(3)
         ]
         first, second, killed = in_threads(
@@ -283,6 +283,8 @@ def test_the_trainer_teaches_together_by_a_callback(invite: str, tmp_path: Path)
         def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": ((x @ self.weight - labels) ** 2).mean()}
 
+    both = threading.Barrier(2)
+
     def train(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(32, 4, generator=generator)
@@ -302,6 +304,8 @@ def test_the_trainer_teaches_together_by_a_callback(invite: str, tmp_path: Path)
             logging_strategy="no",
         )
         with Together(invite, "trainer", model, every_steps=4) as together:
+            both.wait(60)  # or one is through before the other is there
+            wait_until(lambda: len(together.participants()) == 2, what="the other")
             transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[together.callback()]).train()
             assert together.steps == 20
             assert together.samples == 160

@@ -85,6 +85,9 @@ class PauseAt:
             wait_until(lambda: self.run is not None)
             self.run.pause()
 
+    def complete(self, parameters: Any) -> None:
+        self.calls.append("complete")
+
     def waits(self, paused: bool) -> None:
         self.calls.append("waits" if paused else "goes on")
 
@@ -195,7 +198,7 @@ def test_pause_holds_nothing_on_the_servers_and_changes_nothing(begin, distribut
     assert [one.when for one in result.answers] == ["before", "during", "during", "after"]
     assert hook.calls[0] == "begin 0"
     assert "waits" in hook.calls
-    assert hook.calls[-1] == "end"
+    assert hook.calls[-2:] == ["complete", "end"]
     assert [one for one in hook.calls if one.startswith("after")] == [f"after {step}" for step in range(1, 7)]
 
 

@@ -85,6 +85,8 @@ class TeachingRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
         Unix seconds.
     addresses
         Multiaddresses without their ``/p2p/PEERID`` part; empty for who only connects to others.
+    gone
+        It has left: a record cannot be taken back, only replaced.
     """
 
     name: Name
@@ -92,6 +94,7 @@ class TeachingRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     method: _Text = ""
     started: float = 0.0
     addresses: Annotated[list[_Text], msgspec.Meta(max_length=8)] = []
+    gone: bool = False
 
 
 # -- records -----------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nbrunner.tuning.methods import Taught, is_classifier, teach
 from nbrunner.tuning.run import TrainingRun
 from nbrunner.tuning.samples import Answers
 from nbrunner.tuning.settings import Settings
+from nbrunner.tuning.together_hook import TogetherHook
 
 MAY_CHANGE = ("lr", "epochs", "max_steps", "samples", "sample_tokens", "eval_every", "checkpoint_every")
 """What a run that goes on may do otherwise than before; the rest is what its checkpoint was made with."""
@@ -47,6 +49,8 @@ def finetune(
     tokenizer: Any = None,
     adapter: str | Path | None = None,
     out_dir: str | Path | None = None,
+    together: str | None = None,
+    together_options: Mapping[str, Any] | None = None,
     hooks: Sequence[StepHook] = (),
     **options: Any,
 ) -> TrainingRun:
@@ -70,6 +74,12 @@ def finetune(
         Directory of a PEFT adapter to go on with.
     out_dir
         Where the run is kept; by default a new folder in ``nbrunner-runs``.
+    together
+        A name under which others of the swarm teach the same adapter: what each has learned is averaged. Whoever
+        comes later goes on from what the others have, and at the end all have the same.
+    together_options
+        ``every_steps``, ``member`` (your name, shown to the others), ``patience``, ``farewell``…: see
+        `nbrunner.tuning.together.Together`.
     hooks
         Who takes part in each step.
     **options
@@ -107,14 +117,40 @@ def finetune(
     encoding = _encoding(taught, tokenizer, settings, classes)
     encoded = encoding.encode(examples)
     encoded_evaluation = encoding.encode(evaluation, name="eval_data") if evaluation is not None else None
-    folder = RunFolder.create(out_dir, method)
-    facts = {**_facts(model, settings, classes), "adapter": None if adapter is None else str(adapter)}
-    folder.write(facts, examples, evaluation)
-    run = TrainingRun(
-        taught, tokenizer, settings, encoded, encoded_evaluation, classes=classes, folder=folder, hooks=hooks
-    )
-    run.start()
+    with _joined(together, model, taught, settings, together_options) as joined:
+        folder = RunFolder.create(out_dir, method)
+        facts = {**_facts(model, settings, classes), "adapter": None if adapter is None else str(adapter)}
+        folder.write(facts, examples, evaluation)
+        run = TrainingRun(
+            taught,
+            tokenizer,
+            settings,
+            encoded,
+            encoded_evaluation,
+            classes=classes,
+            folder=folder,
+            hooks=[*hooks, *joined],
+        )
+        run.start()
     return run
+
+
+@contextlib.contextmanager
+def _joined(
+    name: str | None, model: Any, taught: Taught, settings: Settings, options: Mapping[str, Any] | None
+) -> Iterator[list[StepHook]]:
+    """Those who teach under a name, joined; left again if the run does not start."""
+    if name is None:
+        if options:
+            raise UserInputError("together_options go with together=NAME.")
+        yield []
+        return
+    hook = TogetherHook.join(name, model, taught.parameters, settings, options)
+    try:
+        yield [hook]
+    except BaseException:
+        hook.together.close()
+        raise
 
 
 def resume(
@@ -122,6 +158,8 @@ def resume(
     model: Any = None,
     *,
     tokenizer: Any = None,
+    together: str | None = None,
+    together_options: Mapping[str, Any] | None = None,
     hooks: Sequence[StepHook] = (),
     **changes: Any,
 ) -> TrainingRun:
@@ -135,8 +173,8 @@ def resume(
         The run's folder.
     model
         The one it began with; in a notebook with ``%load_ext nbrunner`` it is found in the swarm.
-    tokenizer, hooks
-        As in `finetune`.
+    tokenizer, together, together_options, hooks
+        As in `finetune`. Where others teach together already, it goes on from what they have by now.
     **changes
         ``lr``, ``epochs``, ``max_steps``, ``samples``, ``sample_tokens``, ``eval_every``, ``checkpoint_every``.
 
@@ -150,14 +188,20 @@ def resume(
         raise UserInputError(f"a run cannot go on with another {refused[0]}; it can with {', '.join(MAY_CHANGE)}.")
     folder = RunFolder.open(path)
     try:
-        return _resume(folder, model, tokenizer, hooks, changes)
+        return _resume(folder, model, tokenizer, hooks, changes, together, together_options)
     except BaseException:
         folder.unlock()
         raise
 
 
 def _resume(
-    folder: RunFolder, model: Any, tokenizer: Any, hooks: Sequence[StepHook], changes: dict[str, Any]
+    folder: RunFolder,
+    model: Any,
+    tokenizer: Any,
+    hooks: Sequence[StepHook],
+    changes: dict[str, Any],
+    together: str | None,
+    together_options: Mapping[str, Any] | None,
 ) -> TrainingRun:
     facts = folder.read()
     settings = Settings.of(**{**facts["settings"], **changes})
@@ -174,27 +218,28 @@ def _resume(
     if checkpoint is not None:
         taught.load_learned(checkpoint / LEARNED_FILE)
     encoding = _encoding(taught, tokenizer, settings, classes)
-    run = TrainingRun(
-        taught,
-        tokenizer,
-        settings,
-        encoding.encode(examples),
-        encoding.encode(evaluation, name="eval_data") if evaluation is not None else None,
-        classes=classes,
-        folder=folder,
-        hooks=hooks,
-        checkpoint=checkpoint,
-        history=history,
-        answers=answers,
-    )
-    if run.step >= run.steps:
-        raise UserInputError(
-            f"this run is complete after {run.step} steps; more epochs go on with it: "
-            f"nbrunner.resume({str(folder.path)!r}, model, epochs={settings.epochs * 2:g})"
+    with _joined(together, model, taught, settings, together_options) as joined:
+        run = TrainingRun(
+            taught,
+            tokenizer,
+            settings,
+            encoding.encode(examples),
+            encoding.encode(evaluation, name="eval_data") if evaluation is not None else None,
+            classes=classes,
+            folder=folder,
+            hooks=[*hooks, *joined],
+            checkpoint=checkpoint,
+            history=history,
+            answers=answers,
         )
-    if "lr" in changes and checkpoint is not None:
-        run.ask_lr(settings.learning_rate)
-    run.start()
+        if run.step >= run.steps:
+            raise UserInputError(
+                f"this run is complete after {run.step} steps; more epochs go on with it: "
+                f"nbrunner.resume({str(folder.path)!r}, model, epochs={settings.epochs * 2:g})"
+            )
+        if "lr" in changes and checkpoint is not None:
+            run.ask_lr(settings.learning_rate)
+        run.start()
     return run
 
 

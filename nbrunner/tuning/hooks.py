@@ -37,8 +37,9 @@ class Participant:
 class StepHook(Protocol):
     """What a run calls, always in its training thread. An error of nbrunner raised here pauses the run.
 
-    `begin` and `end` once; `before_step` with this step's gradients in ``parameter.grad``, clipped, which may be
-    changed; `after_step` when the optimiser has changed the parameters, which may be changed too.
+    `begin` and `end` once, and `complete` between them if all steps were made; `before_step` with this step's
+    gradients in ``parameter.grad``, clipped, which may be changed; `after_step` when the optimiser has changed the
+    parameters, which may be changed too.
     """
 
     def begin(self, parameters: NamedParameters, step: int) -> None:
@@ -49,6 +50,9 @@ class StepHook(Protocol):
 
     def after_step(self, parameters: NamedParameters, step: int, samples: int) -> None:
         """``step`` steps are done."""
+
+    def complete(self, parameters: NamedParameters) -> None:
+        """All steps are done. What the parameters are afterwards is what the run has taught."""
 
     def waits(self, paused: bool) -> None:
         """The run waits from now on, or goes on."""

@@ -355,6 +355,7 @@ class TrainingRun:
                 compute_metrics=_accuracy if classifying else None,
             )
         self.trainer.train(resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None)
+        self._each_hook(lambda hook: hook.complete(self.parameters))
 
     def _conclude(self, state: State, error: BaseException | None) -> BaseException | None:
         """A last checkpoint, the adapter, the answers afterwards; the error to end with."""

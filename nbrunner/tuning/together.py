@@ -301,10 +301,10 @@ class Together:
 
     def _round(self, *, finish: float | None) -> Outcome:
         began = time.monotonic()
-        vector = self._vector()
-        process = self._ready(vector)
+        process = self._ready()
         if process is None:
             return self._alone()
+        vector = self._vector()  # a new process has begun with the parameters of the others
         self._turn += 1
         process.forget_answers()
         process.say(Note(self.steps, self.samples, self._fresh))
@@ -339,7 +339,7 @@ class Together:
             if isinstance(message, Failed) or (isinstance(message, Done) and message.id == self._turn):
                 return message, body
 
-    def _ready(self, vector: torch.Tensor) -> TogetherProcess | None:
+    def _ready(self) -> TogetherProcess | None:
         """The child; a new one if it has ended. None if there is none to be had now."""
         if self._process is not None and self._process.alive:
             return self._process
@@ -350,7 +350,7 @@ class Together:
         logger.warning("the process that averages has ended; another is started. Its log ends: %s", end)
         self._process.close()
         try:
-            self._launch(vector)
+            self._launch(self._vector())
         except NBRunnerError as error:
             self.error = error
             logger.warning("it cannot be started again: %s", error)

@@ -157,7 +157,9 @@ class Mesh:
             raise UserInputError(f"{len(same)} peers teach {self._teaching.name!r} already; no more fit in")
         if not await self._publish():
             raise PeerError("no server of the swarm took the word that you teach; is the same nbrunner there?")
-        await self._meet(await self._records())
+        await self._meet(records := await self._records())
+        if not self.live:  # those who did teach the same may be gone, while others are there
+            await self._compare(records)
         self._spawn(self._keep_announced(), "together-record")
         self._spawn(self._keep_looking(), "together-look")
         self._spawn(self._keep_talking(), "together-talk")
@@ -168,6 +170,9 @@ class Mesh:
         with contextlib.suppress(TimeoutError):  # a word sent just before a stream is closed may be lost
             async with asyncio.timeout(_GOODBYE_SECONDS), self._news:
                 await self._news.wait_for(lambda: not self.live_or_new)
+        with contextlib.suppress(NBRunnerError, TimeoutError):
+            async with asyncio.timeout(_GOODBYE_SECONDS):
+                await self._publish(gone=True)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -325,9 +330,9 @@ class Mesh:
     async def _records(self) -> dict[str, TeachingRecord]:
         records = await self._node.fetch_teaching()
         records.pop(self._node.peer_id, None)
-        return {peer: one for peer, one in records.items() if one.name == self._teaching.name}
+        return {peer: one for peer, one in records.items() if one.name == self._teaching.name and not one.gone}
 
-    async def _publish(self) -> bool:
+    async def _publish(self, *, gone: bool = False) -> bool:
         addresses = [split_address(address)[0] for address in self._node.addresses][:8]
         record = TeachingRecord(self._teaching.name, self._digest, self._teaching.method, self._started, addresses)
         return await self._node.publish_teaching(record, lifetime=_RECORD_SECONDS)
@@ -373,7 +378,8 @@ class Mesh:
 
     async def _compare(self, records: dict[str, TeachingRecord]) -> None:
         """Others use our name: `UserInputError` with what they do otherwise, unless they are gone."""
-        for peer, record in list(records.items())[:3]:
+        others = [(peer, record) for peer, record in records.items() if record.digest != self._digest]
+        for peer, record in others[:3]:
             try:
                 stream = await self._reach(peer, record)
                 try:
