@@ -211,7 +211,10 @@ class TeachingSession:
         own = self.own
         own.finished, own.began = True, time.monotonic()
         deadline = own.began + seconds
+        # Who has finished counts as before: else the last one to train would pull everybody to its data.
+        usual = own.samples * self._settings.every_steps // max(own.steps, 1)
         while True:
+            own.fresh = max(own.fresh, usual)
             outcome, vector = await self.average(vector, lineage)
             lineage = own.lineage
             if outcome.kind == "joined":
