@@ -134,6 +134,15 @@ def serve(
         bool,
         typer.Option("--lens", help="Also hold the final norm and head, and read hidden states through them."),
     ] = False,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", help="Serve a LoRA adapter by name: NAME=DIRECTORY or NAME=REPOSITORY. Can be repeated."
+        ),
+    ] = None,
+    accept_adapters: Annotated[
+        bool, typer.Option("--accept-adapters", help="Also serve adapters that members of the swarm offer.")
+    ] = False,
     run_for: Annotated[
         str | None, typer.Option("--for", help="Leave by itself after this time, as in 90s, 30m, 2h.")
     ] = None,
@@ -163,7 +172,14 @@ def serve(
     """
     set_up_logging(log_level)
     from nbrunner.protocol.limits import Limits
-    from nbrunner.server.options import ServerOptions, check_model_path, parse_bytes, parse_choice, parse_seconds
+    from nbrunner.server.options import (
+        ServerOptions,
+        check_model_path,
+        parse_adapter,
+        parse_bytes,
+        parse_choice,
+        parse_seconds,
+    )
 
     check_model_path(model)
     span, count = parse_choice(blocks or "auto")
@@ -189,6 +205,8 @@ def serve(
         blocks=span,
         num_blocks=count,
         lens=lens,
+        adapters=[parse_adapter(one) for one in adapters or ()],
+        accept_adapters=accept_adapters,
         max_memory=parse_bytes(max_memory) if max_memory is not None else None,
         run_seconds=parse_seconds(run_for) if run_for is not None else None,
         invite=joined if key_file is None else key_file.way_back(peers),

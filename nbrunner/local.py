@@ -9,7 +9,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,10 @@ class LocalSwarm:
         As for ``nbrunner serve``; None leaves its default.
     lens
         Let the servers hold the final norm and head too, so that traces are reduced where the states are.
+    adapters
+        Name → directory of LoRA adapters that the servers serve by name.
+    accept_adapters
+        Whether they also serve adapters that clients offer.
     in_process
         Run the servers in threads of this process: everything fits into 1 GB, as on a small free machine, because
         torch is there only once. They share this process's interpreter, so that it is slower, and a crash of one
@@ -80,6 +84,8 @@ class LocalSwarm:
         quantize: str | None = None,
         cache_bytes: int | None = None,
         lens: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
+        accept_adapters: bool = False,
         in_process: bool = False,
     ) -> None:
         check_model_path(str(model))
@@ -94,6 +100,10 @@ class LocalSwarm:
                 self._options += [f"--{flag}", str(value)]
         if lens:
             self._options.append("--lens")
+        for name, folder in (adapters or {}).items():
+            self._options += ["--adapter", f"{name}={folder}"]
+        if accept_adapters:
+            self._options.append("--accept-adapters")
         self._threads = threads
         self._in_process = in_process
         self._settings: dict[str, Any] = {
@@ -103,6 +113,8 @@ class LocalSwarm:
             "quantize": quantize or "none",
             "cache_bytes": cache_bytes,
             "lens": lens,
+            "adapters": [(name, str(folder)) for name, folder in (adapters or {}).items()],
+            "accept_adapters": accept_adapters,
         }
         self._key = SwarmKey()
         self._closed = False

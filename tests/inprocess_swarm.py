@@ -34,7 +34,14 @@ class InProcessSwarm:
         return self._first
 
     def add(
-        self, start: int, end: int, *, limits: Limits = ROOMY, dtype: str = "float32", lens: bool = False
+        self,
+        start: int,
+        end: int,
+        *,
+        limits: Limits = ROOMY,
+        dtype: str = "float32",
+        lens: bool = False,
+        **options: Any,
     ) -> BlockServer:
         """A server that is online when this returns."""
         options = ServerOptions(
@@ -47,6 +54,7 @@ class InProcessSwarm:
             threads=1,
             limits=limits,
             lens=lens,
+            **options,
         )
         server = BlockServer(options)
         EngineLoop.get().run(server.start(), timeout=60)

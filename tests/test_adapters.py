@@ -24,8 +24,8 @@ from nbrunner.blocks.adapters import (
     take_adapters,
 )
 from nbrunner.blocks.checkpoint import resolve_checkpoint
+from nbrunner.blocks.lora import learned_in
 from nbrunner.blocks.span import BlockSpan
-from nbrunner.client.lora import learned_in
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
 from nbrunner.protocol.frames import RawTensor, decode_frame, encode_frame
 from nbrunner.protocol.limits import Limits

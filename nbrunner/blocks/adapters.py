@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import BadPeerDataError, UserInputError
 from ..protocol.frames import RawTensor
-from ..protocol.messages import AdapterPart, LoraPart
+from ..protocol.messages import AdapterManifest, AdapterPart, LoraPart
 from ..protocol.tensors import DTYPE_NAMES, pack, take
 from .compat import Conv1D
 from .quant_linear import QuantLinear
@@ -69,6 +69,13 @@ class BlockAdapter:
     modules: Mapping[str, tuple[Lora, ...]] = field(default_factory=dict)
     prompt: Tensor | None = None
 
+    @classmethod
+    def named(cls, digest: bytes) -> BlockAdapter:
+        """An adapter of which only the name is known."""
+        one = cls()
+        vars(one)["digest"] = digest
+        return one
+
     @property
     def loras(self) -> list[tuple[str, Lora]]:
         """All of them with their module's name, in the order of the wire."""
@@ -102,6 +109,13 @@ class BlockAdapter:
             found.update(pack(name, tensor).data)
         return found.digest()
 
+    def placed(self, device: torch.device) -> BlockAdapter:
+        """The same on a device, its digest computed before: not read back from there."""
+        digest = self.digest
+        moved = self.with_tensors(lambda _, tensor: tensor.to(device))
+        vars(moved)["digest"] = digest
+        return moved
+
     def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> BlockAdapter:
         """The same with every tensor changed, such as moved or made differentiable."""
         modules: dict[str, list[Lora]] = {}
@@ -125,11 +139,14 @@ class SpanAdapter:
         pass that is run again, in other pieces or by other servers, drops the same.
     first_row : int
         Number of the first row in the batch it was cut from.
+    uid : str
+        Of an adapter that servers have by themselves: what is in ``blocks`` then has digests and no content.
     """
 
     blocks: Mapping[int, BlockAdapter]
     seed: int | None = None
     first_row: int = 0
+    uid: str = ""
 
     def within(self, start: int, end: int) -> SpanAdapter | None:
         """That of blocks ``[start, end)``; None if nothing is changed there."""
@@ -383,3 +400,17 @@ def take_adapters(parts: Sequence[AdapterPart], tensors: Mapping[str, RawTensor]
     if set(tensors) - used:
         raise BadPeerDataError(f"tensor {min(set(tensors) - used)!r} belongs to no adapter")
     return found
+
+
+def manifest_of(
+    name: str, model: str, num_blocks: int, blocks: Mapping[int, BlockAdapter], author: str = ""
+) -> AdapterManifest:
+    """The manifest of an adapter of these blocks."""
+    return AdapterManifest(
+        name,
+        model,
+        [blocks[block].digest if block in blocks else b"" for block in range(num_blocks)],
+        max(one.rank for one in blocks.values()),
+        sorted({module.rpartition(".")[2] for one in blocks.values() for module in one.modules})[:64],
+        author,
+    )

@@ -56,6 +56,10 @@ class AdapterSender:
         some = adapter.within(start, end) if adapter is not None else None
         if some is None:
             return None
+        digests = [some.blocks[block].digest if block in some.blocks else b"" for block in range(start, end)]
+        use = AdapterUse(digests, some.seed, some.first_row + row)
+        if some.uid:
+            return use  # the server has it by itself
         limits = await self._streams.limits(peer)
         async with self._locks[peer]:  # parts of one batch need the same at the same time
             known = self._known[peer]
@@ -68,8 +72,7 @@ class AdapterSender:
                 )
             for group in _frames(missing, limits):
                 await self._put(peer, group)
-        digests = [some.blocks[block].digest if block in some.blocks else b"" for block in range(start, end)]
-        return AdapterUse(digests, some.seed, some.first_row + row)
+        return use
 
     def forget(self, peer: str) -> None:
         """A server says that it lacks what it should have: it was restarted, or had no room."""

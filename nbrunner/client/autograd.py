@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nbrunner.blocks.edits import Edits
-from nbrunner.client.lora import Learned
+from nbrunner.blocks.lora import Learned
 from nbrunner.client.runner import Ahead, BlockRunner, ForwardOutput
 from nbrunner.errors import UserInputError
 

@@ -8,10 +8,10 @@ from typing import overload
 import torch
 from torch import nn
 
+from nbrunner.blocks.lora import Learned
 from nbrunner.client.autograd import run_blocks
 from nbrunner.client.blocks_session import BlocksSession
 from nbrunner.client.inputs import check_hidden, check_mask
-from nbrunner.client.lora import Learned
 from nbrunner.client.runner import BlockRunner
 from nbrunner.errors import UserInputError
 

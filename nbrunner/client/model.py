@@ -7,7 +7,8 @@ The model keeps its embeddings, final norm and head; its list of layers holds on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,13 @@ import torch
 
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
+from nbrunner.blocks.lora import Learned
 from nbrunner.blocks.shadows import ShadowedLayers
 from nbrunner.blocks.skeleton import Skeleton, layers_are_replaced
 from nbrunner.client.blocks_view import RemoteBlocks
 from nbrunner.client.edits import Edit, Positions, compile_edits
 from nbrunner.client.inputs import check_hidden, check_ids, check_length, check_mask, planned_length, position_limit
+from nbrunner.client.named_adapters import Offer, ServedAdapter
 from nbrunner.client.remote import LayersCall, RemoteLayers, current
 from nbrunner.client.remote_cache import RemoteCache, session_opener
 from nbrunner.client.runner import BlockRunner, RunnerSession
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from nbrunner.blocks.checkpoint import Checkpoint
     from nbrunner.client.connection import SwarmConnection
     from nbrunner.client.trace import Trace
+
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 
 
 class DistributedModel:
@@ -118,14 +124,85 @@ class DistributedModel:
         finally:
             current.edits = before
 
-    def __call__(self, *args: Any, edits: Sequence[Edit] | None = None, **kwargs: Any) -> Any:
-        """The architecture's own forward; ``edits`` (see `nbrunner.Edit`) are made on the way."""
-        if not edits:
+    @contextmanager
+    def _adapting(self, named: Learned | str | None) -> Iterator[None]:
+        """Use an adapter that servers have by name, for the calls inside."""
+        if named is None:
+            yield
+            return
+        before = current.named
+        current.named = (self.runner, self._find_adapter(named) if isinstance(named, str) else named)
+        try:
+            yield
+        finally:
+            current.named = before
+
+    def _find_adapter(self, name: str) -> Learned:
+        find = getattr(self.runner, "find_adapter", None)
+        if find is None:
+            raise UserInputError("adapters are served by name in swarms only")
+        found: Learned = find(name)
+        return found
+
+    def __call__(
+        self, *args: Any, edits: Sequence[Edit] | None = None, adapter: str | None = None, **kwargs: Any
+    ) -> Any:
+        """The architecture's own forward; ``edits`` (see `nbrunner.Edit`) are made on the way.
+
+        ``adapter`` names one that servers serve (see `adapters`); only they are used then.
+        """
+        if not edits and adapter is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with self._editing(edits):
+        with self._editing(edits or ()), self._adapting(adapter):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    def inference_session(self, max_length: int | None = None, *, edits: Sequence[Edit] = ()) -> Session:
+    @property
+    def adapters(self) -> list[ServedAdapter]:
+        """The adapters that servers serve by name now, each with who serves it."""
+        served: Callable[[], list[ServedAdapter]] = getattr(self.runner, "served_adapters", list)
+        return served()
+
+    def offer_adapter(self, name: str) -> Offer:
+        """Offer what is learned in this model now to everybody in the swarm, under a name.
+
+        Servers that were started with ``--accept-adapters`` serve it until they stop or you withdraw it, signed
+        with this client's key. What was offered under the same name by this client before is replaced.
+
+        Parameters
+        ----------
+        name
+            Letters, digits, ``_``, ``.`` and ``-``.
+
+        Returns
+        -------
+        Offer
+            Its uid, who took it, who did not and why, and which blocks are missing for anybody to use it.
+
+        Raises
+        ------
+        UserInputError
+            A name that cannot be, or no adapter is active.
+        """
+        offer = getattr(self.runner, "offer_adapter", None)
+        learned = self._layers.learned()
+        if offer is None or learned is None or learned.adapter.uid:
+            raise UserInputError(
+                "there is nothing to offer: no adapter of your own is active in this model "
+                "(peft.get_peft_model(model, peft.LoraConfig(…)))"
+            )
+        if ADAPTER_NAME.fullmatch(name) is None:
+            raise UserInputError(f"{name!r} cannot name an adapter: use letters, digits, '_', '.' and '-'")
+        found: Offer = offer(name, learned.copied())
+        return found
+
+    def withdraw_adapter(self, uid: str) -> list[str]:
+        """Have an adapter that this client offered served no longer; PeerIDs of the servers that let it go."""
+        withdraw: Callable[[str], list[str]] | None = getattr(self.runner, "withdraw_adapter", None)
+        return withdraw(uid) if withdraw is not None else []
+
+    def inference_session(
+        self, max_length: int | None = None, *, edits: Sequence[Edit] = (), adapter: str | None = None
+    ) -> Session:
         """A session whose caches outlive one ``generate`` call.
 
         Parameters
@@ -134,6 +211,8 @@ class DistributedModel:
             Refuse to grow beyond so many tokens. Sessions grow as needed: nothing is reserved.
         edits
             Made at every step of the session; positions count from its beginning (see `nbrunner.Edit`).
+        adapter
+            Of the servers', by name (see `adapters`).
 
         Examples
         --------
@@ -144,7 +223,8 @@ class DistributedModel:
                 model.generate(more, max_new_tokens=8, session=session)   # only `more` is computed
                 session.position = 5                                      # back to the first five tokens
         """
-        return Session(self, max_length, edits=edits)
+        named = None if adapter is None else self._find_adapter(adapter)
+        return Session(self, max_length, edits=edits, named=named)
 
     def new_cache(self) -> RemoteCache:
         """An empty cache on the servers, to pass as ``past_key_values``."""
@@ -159,6 +239,7 @@ class DistributedModel:
         *args: Any,
         session: Session | None = None,
         edits: Sequence[Edit] = (),
+        adapter: str | None = None,
         speculate: str | int = "off",
         draft_model: Any = None,
         **kwargs: Any,
@@ -175,6 +256,8 @@ class DistributedModel:
         edits
             Of hidden states, made at the prompt's tokens and, where they are not bound to positions of it, at all
             that is generated (see `nbrunner.Edit`).
+        adapter
+            Name or uid of an adapter that servers serve (see `adapters`). Only servers that have it are used.
         speculate
             Guess several tokens and have the chain check them in one trip: ``"auto"`` guesses as many as pay off,
             a number always so many. The text is the same; works for batches too, where all texts go on as far as
@@ -203,8 +286,12 @@ class DistributedModel:
         if session is not None:
             if edits:
                 raise UserInputError("a session's edits are given when it begins: model.inference_session(edits=…)")
+            if adapter is not None:
+                raise UserInputError(
+                    "a session's adapter is given when it begins: model.inference_session(adapter=…)"
+                )
             return session.generate(inputs, *args, **kwargs)
-        with self._closing_caches() as keep, self._editing(edits):
+        with self._closing_caches() as keep, self._editing(edits), self._adapting(adapter):
             self._check_generate(inputs, args, kwargs)
             return keep(self._generate(inputs, *args, **kwargs))
 

@@ -13,8 +13,8 @@ from torch import nn
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lens import Lens
+from nbrunner.blocks.lora import Learned, differentiable
 from nbrunner.client.autograd import run_blocks
-from nbrunner.client.lora import Learned, differentiable
 from nbrunner.client.path import BlockRun, Entry, parts_of
 from nbrunner.client.path_session import PathSession
 from nbrunner.client.runner import Ahead, BlockRunner, ForwardOutput, Gradients, Pass, Segment, Tape
@@ -56,6 +56,18 @@ class PathRunner:
     def swarm(self) -> Any:
         """The swarm of the model; None when something else runs its blocks."""
         return getattr(self.inner, "swarm", None)
+
+    def find_adapter(self, name: str) -> Learned:
+        """An adapter that servers of the model's blocks have by name."""
+        find = getattr(self.inner, "find_adapter", None)
+        if find is None:
+            raise UserInputError("adapters are served by name in swarms only")
+        found: Learned = find(name)
+        return found
+
+    def served_adapters(self) -> list[Any]:
+        """Those of the model's blocks."""
+        return list(getattr(self.inner, "served_adapters", list)())
 
     @property
     def trains(self) -> bool:

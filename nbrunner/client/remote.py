@@ -13,10 +13,10 @@ from torch import nn
 
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
+from nbrunner.blocks.lora import Learned, learned_in
 from nbrunner.blocks.shadows import ShadowedLayers
 from nbrunner.client.autograd import Composed, no_gradient_through, run_blocks
 from nbrunner.client.edits import Edit
-from nbrunner.client.lora import Learned, learned_in
 from nbrunner.client.remote_cache import RemoteCache
 from nbrunner.client.runner import BlockRunner
 from nbrunner.errors import SessionError, UserInputError
@@ -85,6 +85,8 @@ class CallState(threading.local):
         Caches created in the ``generate`` call that is running.
     edits
         What the call that is running was told to edit.
+    named
+        The adapter that the call that is running was told to use by name, and whose runner found it.
     probe
         Who runs the blocks in this pass instead of the runner, to measure them.
     """
@@ -92,6 +94,7 @@ class CallState(threading.local):
     call: LayersCall | None = None
     caches: list[RemoteCache] | None = None
     edits: Sequence[Edit] = ()
+    named: tuple[BlockRunner, Learned] | None = None
     probe: Probe | None = None
 
     @contextmanager
@@ -138,10 +141,17 @@ class RemoteLayers(nn.Module):
 
     def learned(self) -> Learned | None:
         """The adapters that are active now; `UserInputError` for what cannot run on servers."""
-        if not self._shadows:
-            return None
         prompts: Any = self.prompts
-        return learned_in(self._shadows[0], prompts.weight if prompts is not None and prompts.enabled else None)
+        weight = prompts.weight if prompts is not None and prompts.enabled else None
+        own = learned_in(self._shadows[0], weight) if self._shadows else None
+        if current.named is None or current.named[0] is not self.runner:
+            return own
+        if own is not None:
+            raise UserInputError(
+                "an adapter of your own is active in this model, and adapter=… names one of the servers': use one "
+                "of them (with model.disable_adapter(): …)"
+            )
+        return current.named[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes what the outer model gives its first layer, returns what leaves the last."""

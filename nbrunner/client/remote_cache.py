@@ -13,8 +13,8 @@ from transformers import Cache
 
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
+from nbrunner.blocks.lora import Learned
 from nbrunner.client.edits import Edit
-from nbrunner.client.lora import Learned
 from nbrunner.client.runner import BlockRunner, RunnerSession, StepResult
 from nbrunner.client.step_times import StepTime
 from nbrunner.errors import SessionError, UserInputError

@@ -96,6 +96,11 @@ class BlockRequests:
         self._streams = RequestStreams(connection.node)
         self.adapters = AdapterSender(self._streams, model)
 
+    @property
+    def streams(self) -> RequestStreams:
+        """For other requests to the same servers."""
+        return self._streams
+
     async def close(self) -> None:
         await self._streams.close()
 
@@ -126,7 +131,7 @@ class BlockRequests:
         check_finite(hidden, "hidden states")
         extras = _Extras(mask, positions, capture, edits, adapter=adapter, ahead=None if capture else ahead)
         batch = Batch(hidden.detach(), mask, positions, edits, adapter)
-        groups = [] if ahead is None or capture else micro_batches(batch, self._servers(start, end))
+        groups = [] if ahead is None or capture else micro_batches(batch, self._servers(start, end, adapter))
         if len(groups) < 2:
             return await self._one_forward(Segment(start, end, batch.hidden), extras)
         outputs = await together(
@@ -153,7 +158,7 @@ class BlockRequests:
             tuple(way.passes),
         )
 
-    def _servers(self, start: int, end: int) -> int:
+    def _servers(self, start: int, end: int, adapter: SpanAdapter | None) -> int:
         """How many servers a pass goes through, as far as is known now."""
         options = self.options
         try:
@@ -165,6 +170,7 @@ class BlockRequests:
                 mode="throughput",
                 allowed=options.allowed_peers,
                 blocked=options.blocked_peers,
+                adapter=adapter.uid if adapter is not None else "",
             )
         except MissingBlocksError:
             return 1
@@ -275,7 +281,7 @@ class BlockRequests:
     async def _forward(self, entry: Segment, extras: _Extras) -> _Way:
         way = _Way(entry)
         at = entry
-        retry = _Retry(self)
+        retry = _Retry(self, extras.adapter)
         while at.start < entry.end:
             for hop in await retry.plan(at.start, entry.end):
                 try:
@@ -329,7 +335,7 @@ class BlockRequests:
     async def _backward(
         self, part: Segment, tape: Tape, grad: torch.Tensor, grad_carry: Carry, adapter_grads: bool
     ) -> SpanGradient:
-        retry = _Retry(self)
+        retry = _Retry(self, tape.adapter)
         if part.kept is not None:
             try:
                 return await self._ask_backward_of_kept(part.kept, part, tape, grad, grad_carry, adapter_grads)
@@ -558,8 +564,9 @@ class _Way:
 class _Retry:
     """One part of a pass, until it succeeds or the budget is over. The clock starts at the first failure."""
 
-    def __init__(self, requests: BlockRequests) -> None:
+    def __init__(self, requests: BlockRequests, adapter: SpanAdapter | None) -> None:
         self._requests = requests
+        self._adapter = adapter.uid if adapter is not None else ""
         self._directory = requests._directory
         self._deadline: float | None = None
         self._avoid: dict[str, float] = {}
@@ -587,6 +594,7 @@ class _Retry:
                     allowed=options.allowed_peers,
                     blocked=options.blocked_peers,
                     exclude=self._avoided(),
+                    adapter=self._adapter,
                 )
             except MissingBlocksError as error:
                 missing = error

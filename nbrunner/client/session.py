@@ -481,6 +481,7 @@ class ChainSession:
                     allowed=self.options.allowed_peers,
                     blocked=self.options.blocked_peers,
                     exclude=frozenset(avoid),
+                    adapter=self._adapter.uid if self._adapter is not None else "",
                     cache_tokens=(pending.end + RESERVE_TOKENS) * max(self._history.batch, 1),
                 )
             except MissingBlocksError as error:
@@ -597,6 +598,7 @@ class ChainSession:
                     allowed=self.options.allowed_peers,
                     blocked=self.options.blocked_peers,
                     exclude=frozenset({hop.peer}),
+                    adapter=self._adapter.uid if self._adapter is not None else "",
                 )
             except MissingBlocksError:
                 continue

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nbrunner.blocks.lora import Learned
 from nbrunner.client.edits import Edit
 from nbrunner.client.inputs import check_ids, check_length, check_mask, planned_length, position_limit
 from nbrunner.client.remote_cache import RemoteCache, session_opener
@@ -35,14 +36,22 @@ class Session:
         Tokens beyond which it refuses to grow; None for no limit of its own.
     edits
         Made at every step.
+    named
+        An adapter of the servers', used at every step.
     """
 
     def __init__(
-        self, model: DistributedModel, max_length: int | None = None, *, edits: Sequence[Edit] = ()
+        self,
+        model: DistributedModel,
+        max_length: int | None = None,
+        *,
+        edits: Sequence[Edit] = (),
+        named: Learned | None = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise UserInputError(f"max_length must be at least 1, not {max_length}")
         self._model = model
+        self._named = named
         self._max_length = max_length
         self._tokens: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
@@ -162,7 +171,7 @@ class Session:
         device = self._model.device
         wide = torch.ones_like(full) if mask is None else mask.long()
         try:
-            with self._model._closing_caches() as keep:
+            with self._model._closing_caches() as keep, self._model._adapting(self._named):
                 result = keep(
                     self._model._generate(
                         full.to(device), *args, attention_mask=wide.to(device), past_key_values=cache, **kwargs

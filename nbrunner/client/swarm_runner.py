@@ -12,9 +12,11 @@ import torch
 
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
+from nbrunner.blocks.lora import Learned
 from nbrunner.client.adapters import AdapterSender
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.measuring import MAX_ASKED_BYTES, LensSource, finish
+from nbrunner.client.named_adapters import NamedAdapters, Offer, ServedAdapter
 from nbrunner.client.requests import BlockRequests
 from nbrunner.client.runner import Ahead, ForwardOutput, Gradients, Tape
 from nbrunner.client.session import ChainSession, SessionOptions
@@ -60,6 +62,7 @@ class SwarmRunner:
         self.options = options
         self._engine = EngineLoop.get()
         self._requests = BlockRequests(connection, model, dtype, options)
+        self._named = NamedAdapters(connection, self._requests.streams, self._requests.adapters, model, num_blocks)
         self._sessions: weakref.WeakSet[SwarmSession] = weakref.WeakSet()
         self._closing: Future[None] | None = None
 
@@ -67,6 +70,24 @@ class SwarmRunner:
     def adapters(self) -> AdapterSender:
         """Who brings adapters to servers."""
         return self._requests.adapters
+
+    def served_adapters(self) -> list[ServedAdapter]:
+        """See `nbrunner.client.named_adapters.NamedAdapters`, as all of these."""
+        return self._named.served()
+
+    def find_adapter(self, name: str) -> Learned:
+        """An adapter that servers have, by name or uid."""
+        return self._engine.run(self._named.find(name))
+
+    def offer_adapter(self, name: str, adapter: SpanAdapter) -> Offer:
+        """Ask all servers of this model to serve an adapter."""
+        for one in adapter.blocks.values():
+            _ = one.digest  # here, because hashing takes its time
+        return self._engine.run(self._named.offer(name, adapter))
+
+    def withdraw_adapter(self, uid: str) -> list[str]:
+        """Take an offer back."""
+        return self._engine.run(self._named.withdraw(uid))
 
     def open_session(
         self,

@@ -22,7 +22,18 @@ VERSION = 1
 STREAM = "nbrunner/1"
 """Name of the libp2p stream protocol: one handler for everything."""
 
-FEATURES: tuple[str, ...] = ("chain", "capture", "carry", "parts", "edits", "measure", "adapters", "keep", "8bit")
+FEATURES: tuple[str, ...] = (
+    "chain",
+    "capture",
+    "carry",
+    "parts",
+    "edits",
+    "measure",
+    "adapters",
+    "keep",
+    "8bit",
+    "named adapters",
+)
 """Optional abilities of this version, exchanged in `Hello` and `Welcome`."""
 
 EIGHT_BITS = "8bit"
@@ -129,6 +140,7 @@ _Edits = Annotated[list[EditOp], msgspec.Meta(max_length=1024)]
 # -- adapters ----------------------------------------------------------------------------------------------------
 
 _Digest = Annotated[bytes, msgspec.Meta(max_length=32)]
+AdapterName = Annotated[str, msgspec.Meta(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class LoraPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -160,6 +172,67 @@ class AdapterStored(Message, frozen=True):
     """The digests of what was put, in the order of its parts."""
 
     digests: Annotated[list[_Digest], msgspec.Meta(max_length=1024)]
+
+
+class AdapterManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole adapter that servers have by themselves, under a name.
+
+    Its uid is NAME@ and the first 16 hexadecimal digits of the SHA-256 of its encoded form, so that servers that
+    have loaded the same files announce the same, and nobody can put another in its place.
+
+    Attributes
+    ----------
+    name
+        Chosen by who serves or offers it.
+    model
+        Uid of the checkpoint it is for.
+    blocks
+        A digest for each block of the whole model; empty for a block that it leaves as it is.
+    rank, targets
+        Highest rank, and the modules it changes: for people.
+    author
+        PeerID of who offered it, and signed this; empty if its servers were started with it.
+    """
+
+    name: AdapterName
+    model: _Text
+    blocks: Annotated[list[_Digest], msgspec.Meta(min_length=1, max_length=4096)]
+    rank: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    targets: Annotated[list[_Text], msgspec.Meta(max_length=64)] = []
+    author: Annotated[str, msgspec.Meta(max_length=60)] = ""
+
+
+class GetAdapter(Message, frozen=True):
+    """Answered by `AdapterInfo`."""
+
+    adapter: _Text
+
+
+class AdapterInfo(Message, frozen=True):
+    """An encoded `AdapterManifest` and, if it has an author, their signature (`nbrunner.protocol.manifests`)."""
+
+    manifest: Annotated[bytes, msgspec.Meta(max_length=1 << 18)]
+    signature: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+
+
+class OfferAdapter(Message, frozen=True):
+    """Serve an adapter to everybody under its name. Its blocks that concern the server have been put there before.
+
+    Answered by `AdapterOffered`; refused where offers are not taken.
+    """
+
+    manifest: Annotated[bytes, msgspec.Meta(max_length=1 << 18)]
+    signature: Annotated[bytes, msgspec.Meta(max_length=64)]
+
+
+class WithdrawAdapter(Message, frozen=True):
+    """By its author: serve it no longer. Answered by `AdapterOffered`."""
+
+    adapter: _Text
+
+
+class AdapterOffered(Message, frozen=True):
+    adapter: _Text
 
 
 class AdapterUse(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -560,6 +633,11 @@ AnyMessage = (
     | Info
     | PutAdapter
     | AdapterStored
+    | GetAdapter
+    | AdapterInfo
+    | OfferAdapter
+    | WithdrawAdapter
+    | AdapterOffered
     | Forward
     | ForwardResult
     | Backward

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter, check_adapter, take_adapters
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import BadPeerDataError, PeerRefusedError
@@ -40,8 +38,13 @@ class AdapterStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all adapters."""
-        return sum(one.nbytes for one in self._held.values())
+        """Bytes of all adapters of peers."""
+        return sum(one.nbytes for one in self._held.values() if one.owner)
+
+    def hold(self, adapters: Mapping[bytes, BlockAdapter]) -> None:
+        """Keep adapters of the server's own, which count for nobody. They must be pinned."""
+        for digest, one in adapters.items():
+            self._held.setdefault(digest, _Held(one, ""))
 
     def nbytes_of(self, peer: str) -> int:
         """Bytes of the adapters that this peer has put here."""
@@ -163,11 +166,4 @@ def take_checked(
             )
     except BadPeerDataError as error:
         raise PeerRefusedError(str(error), code="data") from None
-    return [_placed(found[part.block], span.device) for part in message.parts]
-
-
-def _placed(adapter: BlockAdapter, device: torch.device) -> BlockAdapter:
-    digest = adapter.digest
-    moved = adapter.with_tensors(lambda _, tensor: tensor.to(device))
-    vars(moved)["digest"] = digest  # a cached property: not read back from the device to be computed again
-    return moved
+    return [found[part.block].placed(span.device) for part in message.parts]

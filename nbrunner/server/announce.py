@@ -61,6 +61,7 @@ class Announcer:
                 "cache_bytes_left": host.quotas.bytes_left,
                 "cache_bytes_per_token": int(host.bytes_per_token),
                 "sessions": host.quotas.sessions,
+                "adapters": host.served.uids,
             }
         if self._notes:
             fields["features"] = [*self._base.features, *self._notes]

@@ -19,6 +19,7 @@ from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.measure import Measure
 from nbrunner.protocol.messages import (
+    AdapterOffered,
     AdapterStored,
     AnyMessage,
     Attached,
@@ -27,14 +28,17 @@ from nbrunner.protocol.messages import (
     BackwardResult,
     Forward,
     ForwardResult,
+    GetAdapter,
     GetInfo,
     HopTiming,
     Info,
+    OfferAdapter,
     OpenSession,
     Ping,
     Pong,
     PutAdapter,
     Step,
+    WithdrawAdapter,
 )
 from nbrunner.protocol.records import ServerRecord
 from nbrunner.protocol.tensors import pack
@@ -178,6 +182,15 @@ class Handler:
             await self._backward(stream, message, tensors)
         elif isinstance(message, PutAdapter):
             await self._put_adapter(stream, message, tensors)
+        elif isinstance(message, GetAdapter):
+            await stream.send(self.host.served.info(message.adapter))
+        elif isinstance(message, OfferAdapter):
+            await stream.send(AdapterOffered(self.host.served.offer(stream.peer, message)))
+            self._on_change()
+        elif isinstance(message, WithdrawAdapter):
+            self.host.served.withdraw(stream.peer, message.adapter)
+            self._on_change()
+            await stream.send(AdapterOffered(message.adapter))
         else:
             raise PeerRefusedError(f"{type(message).__name__} has no place here", code="schema")
 

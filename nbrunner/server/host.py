@@ -18,6 +18,7 @@ from nbrunner.server.compute import ComputeThread, Done
 from nbrunner.server.inputs import Form
 from nbrunner.server.kept import KeptPasses
 from nbrunner.server.quotas import Quotas
+from nbrunner.server.served import ServedAdapters
 from nbrunner.server.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -72,8 +73,10 @@ class Host:
     limits: Limits
     speed: Speed
     lens: Lens | None = None
+    accepts_adapters: bool = False
     quotas: Quotas = field(init=False)
     adapters: AdapterStore = field(init=False)
+    served: ServedAdapters = field(init=False)
     kept: KeptPasses = field(init=False)
     traffic: Traffic = field(default_factory=Traffic, init=False)
     form: Form = field(init=False)
@@ -84,6 +87,15 @@ class Host:
     def __post_init__(self) -> None:
         self.quotas = Quotas(self.limits)
         self.adapters = AdapterStore(self.limits)
+        self.served = ServedAdapters(
+            self.adapters,
+            model=self.model,
+            num_blocks=self.num_blocks,
+            start=self.span.start,
+            end=self.span.end,
+            swarm=self.node.swarm,
+            accept=self.accepts_adapters,
+        )
         self.kept = KeptPasses(self.limits)
         self.form = form_of(self.span, self.limits)
         self.croppable = always_croppable(self.span)

@@ -47,6 +47,10 @@ class ServerOptions:
         For caches of sessions; None takes half of the memory that is free once the blocks are loaded.
     lens
         Also hold the final norm and the head, to look at hidden states through them for clients that trace.
+    adapters
+        Name and directory or hub repository of adapters to serve by name.
+    accept_adapters
+        Whether to serve adapters that members of the swarm offer.
     limits
         What one peer may use; ``cache_bytes`` and ``session_tokens`` in it are filled in when 0.
     bootstrap_wait
@@ -74,10 +78,23 @@ class ServerOptions:
     name: str = ""
     cache_bytes: int | None = None
     lens: bool = False
+    adapters: Sequence[tuple[str, str]] = ()
+    accept_adapters: bool = False
     limits: Limits = field(default_factory=lambda: Limits(cache_bytes=0, session_tokens=0))
     drain_seconds: float = 30.0
     bootstrap_wait: float = 0.0
     run_seconds: float | None = None
+
+
+def parse_adapter(text: str) -> tuple[str, str]:
+    """``NAME=PATH_OR_REPO`` → both; `UserInputError` if it is not that."""
+    name, sign, source = text.partition("=")
+    if not sign or not source or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}", name) is None:
+        raise UserInputError(
+            f"{text!r} does not say which adapter: write a name of letters, digits, '_', '.' and '-', an equals "
+            "sign, and a directory or hub repository, as in poems=./poems-lora"
+        )
+    return name, source
 
 
 def parse_blocks(text: str) -> tuple[int, int]:

@@ -12,10 +12,11 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import torch
 
+from nbrunner.blocks.adapters import BlockAdapter, check_adapter
 from nbrunner.blocks.checkpoint import Checkpoint, resolve_checkpoint
 from nbrunner.blocks.lens import Lens
 from nbrunner.blocks.span import BlockSpan
-from nbrunner.errors import BootstrapError, NBRunnerError, ServerStartError, UserInputError
+from nbrunner.errors import BadPeerDataError, BootstrapError, NBRunnerError, ServerStartError, UserInputError
 from nbrunner.protocol.credentials import Invite, Role, SwarmKey
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import Limits
@@ -47,6 +48,10 @@ T = TypeVar("T")
 Membership = tuple[Invite | None, SwarmKey | None]
 
 _DIRECTORY_REFRESH = 15.0
+
+
+Adapters = list[tuple[str, dict[int, BlockAdapter]]]
+"""Name, and the adapters of all blocks."""
 
 
 class _Loaded(NamedTuple):
@@ -243,7 +248,10 @@ class BlockServer:
             limits=limits,
             speed=speed,
             lens=lens,
+            accepts_adapters=self.options.accept_adapters,
         )
+        for name, blocks in await self._in_thread(lambda: _load_adapters(self.options, checkpoint, span, limits)):
+            logger.info("serving adapter %s", self._host.served.begin_with(name, blocks))
         base = ServerRecord(
             model=checkpoint.uid,
             num_blocks=checkpoint.num_blocks,
@@ -381,6 +389,36 @@ def _load_span(checkpoint: Checkpoint, placement: Placement, blocks: tuple[int, 
     if held is not None:
         logger.info("loaded final norm and head for lenses: %.0f MB", held.nbytes / 1e6)
     return _Loaded(span, speed, held)
+
+
+def _load_adapters(options: ServerOptions, checkpoint: Checkpoint, span: BlockSpan, limits: Limits) -> Adapters:
+    """The adapters to serve, those of the blocks that are here on the span's device. `UserInputError` by name."""
+    from nbrunner.blocks.peft_files import find_adapter, load_peft_adapter
+
+    names = [name for name, _ in options.adapters]
+    if len(set(names)) < len(names):
+        raise UserInputError("two adapters cannot have the same name")
+    loaded: Adapters = []
+    for name, source in options.adapters:
+        folder = find_adapter(source, token=options.token, cache_dir=options.cache_dir)
+        blocks = load_peft_adapter(checkpoint, folder)
+        for block in range(span.start, span.end):
+            if block not in blocks:
+                continue
+            try:
+                check_adapter(
+                    blocks[block],
+                    block,
+                    widths=span.linears(block),
+                    hidden_shape=span.hidden_shape,
+                    max_rank=limits.adapter_rank,
+                    max_prompt=limits.prompt_tokens,
+                )
+            except BadPeerDataError as error:
+                raise UserInputError(f"adapter {name}: {error}") from None
+            blocks[block] = blocks[block].placed(span.device)
+        loaded.append((name, blocks))
+    return loaded
 
 
 def _version() -> str:

@@ -95,6 +95,7 @@ def plan_chain(
     allowed: Collection[str] | None = None,
     blocked: Collection[str] | None = None,
     exclude: Collection[str] = frozenset(),
+    adapter: str = "",
     cache_tokens: int = 0,
     rng: random.Random | None = None,
 ) -> list[PlannedHop]:
@@ -112,6 +113,8 @@ def plan_chain(
         PeerIDs the user allows (None: all) and forbids.
     exclude
         PeerIDs not to use this time.
+    adapter
+        Uid of an adapter that they must serve.
     cache_tokens
         Tokens times rows that the session will hold; servers without room are the last choice.
     rng
@@ -127,16 +130,18 @@ def plan_chain(
     if not 0 <= start < end:
         raise UserInputError(f"blocks [{start}, {end}) are not a range")
     usable = _usable(view, model, start, end, allowed, blocked, exclude)
+    if adapter:
+        usable = {peer: entry for peer, entry in usable.items() if adapter in entry.record.adapters}
     missing = _uncovered(((entry.record.start, entry.record.end) for entry in usable.values()), start, end)
     if missing:
-        raise _missing_error(view, model, missing, allowed, blocked, exclude)
+        raise _missing_error(view, model, missing, allowed, blocked, exclude, adapter)
     rng = rng or random.Random()  # noqa: S311 - spreading load, not secrets
     if mode == "throughput":
         return _spread(usable, start, end, rng)
     costs = _Costs(view, usable, cache_tokens, rng)
     plan = _cheapest(costs, start, end, relay=False) or _cheapest(costs, start, end, relay=True)
     if plan is None:
-        raise _missing_error(view, model, [(start, end)], allowed, blocked, exclude)
+        raise _missing_error(view, model, [(start, end)], allowed, blocked, exclude, adapter)
     return plan
 
 
@@ -380,6 +385,7 @@ def _missing_error(
     allowed: Collection[str] | None,
     blocked: Collection[str] | None,
     exclude: Collection[str],
+    adapter: str,
 ) -> MissingBlocksError:
     """With what is known of servers that hold the blocks but cannot be used."""
     tried: list[str] = []
@@ -394,6 +400,8 @@ def _missing_error(
         elif touches:
             low, high = missing[0]
             reason = _why_not(view, peer, entry, model, low, high, allowed, blocked, exclude)
+            if adapter and peer in view.servers and adapter not in record.adapters:
+                reason = f"does not serve the adapter {adapter}"
             tried.append(f"{short_peer(peer)} [{record.start}, {record.end}): {reason}")
     tried += [f"{other} is served, which is another revision" for other in sorted(revisions)]
     return MissingBlocksError(missing, model=model, tried=tried[:16])

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbrunner.blocks.adapters import DTYPES, PROMPT, BlockAdapter, Lora, SpanAdapter
-from nbrunner.blocks.shadows import ShadowedLayers, Slot, is_hollow
-from nbrunner.errors import UserInputError
+from ..errors import UserInputError
+from .adapters import DTYPES, PROMPT, BlockAdapter, Lora, SpanAdapter
+from .shadows import ShadowedLayers, Slot, is_hollow
 
 PLAIN = (
     "servers know plain LoRA of linear modules: for modules inside blocks use peft.LoraConfig without use_dora, "
@@ -62,6 +62,8 @@ class Learned:
 
     def copied(self) -> SpanAdapter:
         """For a session: further training must not change what its caches were computed with."""
+        if self.adapter.uid:
+            return self.adapter  # on the servers already, and nobody trains it
         blocks = {
             block: one.with_tensors(lambda _, tensor: tensor.clone()) for block, one in self.adapter.blocks.items()
         }
