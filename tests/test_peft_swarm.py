@@ -236,7 +236,7 @@ def test_a_server_that_dies_in_the_middle(
         raise RuntimeError("gone")
 
     with changed_results(dying, die):
-        for _ in range(6):  # until the one that dies is asked: which of the two is for the client to choose
+        for _ in range(30):  # until the one that dies is asked: which of the two is for the client to choose
             assert_same(gradients(ours), gradients(plain))
             if asked:
                 break
