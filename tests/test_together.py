@@ -81,8 +81,10 @@ def in_threads(*jobs: Any) -> list[Any]:
 # -- three client processes on a model ---------------------------------------------------------------------------
 
 
-def run_client(options: dict[str, Any], *, kill_after: int | None = None) -> list[dict[str, Any]]:
-    """The events of a client process; it is killed after so many steps."""
+def run_client(
+    options: dict[str, Any], *, joined: threading.Barrier | None = None, kill_after: int | None = None
+) -> list[dict[str, Any]]:
+    """The events of a client process. It begins when all have joined, and is killed after so many steps."""
     with subprocess.Popen([sys.executable, str(CLIENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -91,6 +93,10 @@ def run_client(options: dict[str, Any], *, kill_after: int | None = None) -> lis
         events = []
         for line in process.stdout:
             events.append(json.loads(line))
+            if events[-1]["event"] == "joined" and joined is not None:
+                joined.wait(90)  # else one could be through before another is there
+                process.stdin.write(b"go\n")
+                process.stdin.flush()
             if kill_after is not None and events[-1].get("step") == kill_after:
                 process.kill()
         return events
@@ -106,10 +112,11 @@ def test_three_teach_one_is_killed_and_the_others_finish_as_well_as_one_alone(tm
             {**common, "part": part, "seed": 0, "name": "facts", "save": str(tmp_path / f"part{part}")}
             for part in range(3)
         ]
+        joined = threading.Barrier(3)
         first, second, killed = in_threads(
-            (run_client, together[0]),
-            (run_client, together[1]),
-            (lambda: run_client(together[2], kill_after=steps // 2),),
+            (lambda: run_client(together[0], joined=joined),),
+            (lambda: run_client(together[1], joined=joined),),
+            (lambda: run_client(together[2], joined=joined, kill_after=steps // 2),),
         )
     assert killed[-1]["step"] >= steps // 2
     assert killed[-1]["event"] == "step"

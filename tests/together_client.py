@@ -1,6 +1,7 @@
 """A client process that teaches the bundled model its part of some facts, alone or together; run by tests.
 
-``python together_client.py``: options as JSON on the first line of standard input. Prints JSON lines.
+``python together_client.py``: options as JSON on the first line of standard input. Prints JSON lines. Once it has
+joined the others it waits for a second line.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def main() -> None:
             patience=10.0,
         ).start()
         say("joined", peer=together.peer_id, child=together._process.pid, round=together.round)
+        sys.stdin.readline()
     waited: list[float] = []
     for step in range(options["steps"]):
         loss = model(**mine).loss
