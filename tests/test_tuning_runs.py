@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from typing import Any
@@ -258,7 +259,14 @@ def test_stopped_and_gone_on_with_it_comes_to_the_same(begin, distributed, metho
     assert longer.result(60).steps == 9
 
 
-def test_a_killed_process_loses_nothing(begin, distributed, two_spans, tmp_path):
+@pytest.fixture
+def short_folder():
+    """A temporary folder whose name leaves room for a socket's path, as `tmp_path` does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+def test_a_killed_process_loses_nothing(begin, distributed, two_spans, tmp_path, short_folder):
     options = {**QUICK, "method": "lora", "max_steps": 12, "checkpoint_every": 2}
     script = textwrap.dedent("""
         import json, sys, nbrunner
@@ -268,8 +276,14 @@ def test_a_killed_process_loses_nothing(begin, distributed, two_spans, tmp_path)
     """)
     folder = tmp_path / "killed"
     arguments = [str(TINY), str(two_spans.invite), json.dumps(FACTS), str(folder), json.dumps(options)]
+    # a killed client leaves the folder of its daemon's socket; the next one that starts on the machine removes it
+    environment = {**os.environ, "TMPDIR": short_folder}
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         done = lambda: len(list(folder.glob("checkpoint-*"))) > 1 or process.poll() is not None  # noqa: E731
