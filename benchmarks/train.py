@@ -86,9 +86,9 @@ class _Learner:
             self.step()
         sent_adapters = self._adapter_bytes() - adapters
         wire = sum(one.bytes_sent + one.bytes_received for one in watch.passes)
-        # gradients of an adapter are as large as the adapter, and come once from each group of rows
+        # with one server they come with those of the hidden states; with several they are fetched once, as a sum
         grads = sum(one.bytes_received - one.bytes_sent for one in watch.passes if one.backward)
-        return {"states": wire - grads, "adapter": sent_adapters, "adapter gradients": grads}
+        return {"states": wire - grads, "adapter": sent_adapters, "adapter gradients": max(grads, sent_adapters)}
 
     def _adapter_bytes(self) -> int:
         return int(self._base.runner.adapters.bytes_sent)

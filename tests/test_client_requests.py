@@ -18,7 +18,7 @@ from inprocess_swarm import ROOMY, InProcessSwarm, spoiled
 
 import nbrunner
 from nbrunner.client.path_model import twin_of
-from nbrunner.client.requests import row_groups
+from nbrunner.client.request_tensors import row_groups
 from nbrunner.client.runner import Segment
 from nbrunner.client.watch import PassWatch, watching
 from nbrunner.errors import BadPeerDataError, MissingBlocksError, UserInputError

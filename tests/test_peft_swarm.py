@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import nbrunner
 from nbrunner.blocks.passes import SpanGradient, SpanOutput
+from nbrunner.client.watch import PassWatch, watching
 from nbrunner.errors import MissingBlocksError, PeerRefusedError, SessionError, UserInputError
 from nbrunner.server.runner import BlockServer
 from nbrunner.swarm.loop import EngineLoop
@@ -305,20 +306,99 @@ def test_no_room_to_keep_it(swarm: InProcessSwarm, ours: Any, plain: Any) -> Non
 
 
 def test_parts_of_a_batch_are_under_way_together(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
-    """8 rows of 48 tokens over two servers go in 4 groups; dropout and gradients do not notice."""
+    """8 rows of 48 tokens over two servers go in 4 groups; the gradients do not notice."""
     server = swarm.add(2, 4)
     swarm.seen_by(base(ours))
-    ids, mask = prompt(8, 48, seed=3), left_padded(8, 48)
-
-    def gradients_of(model: Any) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
-        return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
-
-    with spoiled(server, lambda hidden: hidden) as calls:
-        assert_same(gradients_of(ours), gradients_of(plain))
+    watch = PassWatch()
+    with spoiled(server, lambda hidden: hidden) as calls, watching(watch):
+        assert_same(wide_gradients(ours), wide_gradients(plain))
         assert len(calls) == 4 + 4
     assert bytes_sent(ours) == size(ours)
+    # gradients of the adapter come once, not with each group
+    states = WIDE.numel() * 64 * 4
+    assert sum(one.bytes_received for one in watch.passes if one.backward) == 2 * states
+    assert server.host.sums.nbytes == 0
+
+
+WIDE, WIDE_MASK = prompt(8, 48, seed=3), left_padded(8, 48)
+
+
+def wide_gradients(model: Any, *, between: Any = lambda: None) -> dict[str, torch.Tensor]:
+    """Of a batch that goes in groups."""
+    model.zero_grad()
+    loss = model(input_ids=WIDE, attention_mask=WIDE_MASK, labels=WIDE, use_cache=False).loss
+    between()
+    loss.backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+def test_sums_that_are_lost(swarm: InProcessSwarm, ours: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    expected = wide_gradients(plain)
+    sums, taken = server.host.sums, []
+    add = sums.add
+
+    def forgotten(*args: Any) -> Any:
+        taken.append(1)
+        raise PeerRefusedError("gone", code="forgotten")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sums, "take", forgotten)
+        assert_same(wide_gradients(ours), expected)
+    assert taken == [1]
+    with monkeypatch.context() as patch:  # no room: the gradients come at once
+        patch.setattr(sums, "add", lambda *args: False)
+        assert_same(wide_gradients(ours), expected)
+
+    def twice(*args: Any) -> Any:  # an answer that was lost, and a request that came again
+        return add(*args) and add(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sums, "add", twice)
+        assert_same(wide_gradients(ours), expected)
+    assert server.node.peer_id not in base(ours).swarm.directory.view.failed
+
+
+def test_sums_that_are_wrong(swarm: InProcessSwarm, ours: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = wide_gradients(plain)
+    bad, _ = swarm.add(2, 4), swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    take, taken = bad.host.sums.take, []
+
+    def incomplete(*args: Any) -> Any:
+        taken.append(1)
+        numbers, grads = take(*args)
+        return numbers[1:], grads
+
+    monkeypatch.setattr(bad.host.sums, "take", incomplete)
+    for _ in range(30):  # until it is asked
+        assert_same(wide_gradients(ours), expected)
+        if taken:
+            break
+    assert taken
+    assert set(base(ours).swarm.directory.view.failed) <= {bad.node.peer_id}
+
+
+def test_a_server_that_dies_with_the_sums(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    expected = wide_gradients(plain)
+    dying = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    closing: list[Any] = []
+
+    def die(*_: Any) -> Any:
+        closing.append(EngineLoop.get().submit(dying.close()))
+        raise PeerRefusedError("gone", code="internal")
+
+    dying.host.sums.take = die  # type: ignore[method-assign]
+
+    def another() -> None:
+        swarm.add(2, 4)
+        swarm.seen_by(base(ours))
+
+    assert_same(wide_gradients(ours, between=another), expected)
+    closing[0].result(30)
+    swarm.servers.remove(dying)
 
 
 def test_what_a_server_has_forgotten_is_sent_again(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:

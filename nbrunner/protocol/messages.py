@@ -33,6 +33,7 @@ FEATURES: tuple[str, ...] = (
     "keep",
     "8bit",
     "named adapters",
+    "sums",
 )
 """Optional abilities of this version, exchanged in `Hello` and `Welcome`."""
 
@@ -498,6 +499,13 @@ class ForwardResult(Message, frozen=True):
     kept: _Id | None = None
 
 
+class AdapterSum(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Add the gradients of the adapter to the sum of this random id, unless ``number`` has been added already."""
+
+    id: _Id
+    number: _Number
+
+
 class Backward(Message, frozen=True):
     """Gradient of blocks ``[start, end)`` with respect to their input; the forward pass is run again, or was kept.
 
@@ -510,6 +518,8 @@ class Backward(Message, frozen=True):
         Also the gradients of the tensors of ``adapter``.
     kept
         From `ForwardResult`. Refused with ``forgotten`` if it is not kept any more.
+    sum
+        Keep the gradients of the adapter, added up over the parts of a batch, for `TakeSum`.
     """
 
     model: _Text
@@ -519,12 +529,31 @@ class Backward(Message, frozen=True):
     adapter: AdapterUse | None = None
     adapter_grads: bool = False
     kept: _Id | None = None
+    sum: AdapterSum | None = None
+
+
+class TakeSum(Message, frozen=True):
+    """Fetch the gradients of the adapters of blocks ``[start, end)`` that were added up. Once."""
+
+    id: _Id
+    start: _Block
+    end: _Block
+
+
+class SummedGradients(Message, frozen=True):
+    """Of the parts of these numbers together. Tensors as in `AdapterPart`."""
+
+    numbers: Annotated[list[_Number], msgspec.Meta(max_length=65536)]
 
 
 class BackwardResult(Message, frozen=True):
-    """Tensors: ``grad`` like the input, ``grad_carry.N``; those of the adapter, named as in `AdapterPart`."""
+    """Tensors: ``grad`` like the input, ``grad_carry.N``; those of the adapter, named as in `AdapterPart`.
+
+    ``summed``: they have been added to the sum, and are not here.
+    """
 
     timing: HopTiming
+    summed: bool = False
 
 
 # -- teaching together --------------------------------------------------------------------------------------------
@@ -642,6 +671,8 @@ AnyMessage = (
     | ForwardResult
     | Backward
     | BackwardResult
+    | TakeSum
+    | SummedGradients
     | JoinTeaching
     | GetTeaching
     | TeachingManifest

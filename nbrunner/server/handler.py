@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,8 @@ from nbrunner.protocol.messages import (
     Pong,
     PutAdapter,
     Step,
+    SummedGradients,
+    TakeSum,
     WithdrawAdapter,
 )
 from nbrunner.protocol.records import ServerRecord
@@ -180,6 +183,8 @@ class Handler:
             await self._forward(stream, message, tensors)
         elif isinstance(message, Backward):
             await self._backward(stream, message, tensors)
+        elif isinstance(message, TakeSum):
+            await self._take_sum(stream, message)
         elif isinstance(message, PutAdapter):
             await self._put_adapter(stream, message, tensors)
         elif isinstance(message, GetAdapter):
@@ -302,12 +307,29 @@ class Handler:
         batch, tokens = kept.output.hidden.shape[:2]
         self._spend(stream, batch, tokens)
 
-        def run() -> list[RawTensor]:
+        def run() -> tuple[list[RawTensor], bool]:
             grad, grad_carry = take_gradients(tensors, self.host.form, (batch, tokens))
-            return _packed_gradient(kept.backward(grad, grad_carry or None))
+            return self._answered(stream.peer, message, kept.backward(grad, grad_carry or None))
 
-        answer, timing = await self._compute(run, began)
-        await stream.send(BackwardResult(timing), self._fitting(answer))
+        (answer, summed), timing = await self._compute(run, began)
+        await stream.send(BackwardResult(timing, summed), self._fitting(answer))
+
+    def _answered(self, peer: str, message: Backward, found: SpanGradient) -> tuple[list[RawTensor], bool]:
+        """What goes back, and whether the adapter's part of it was added to a sum. In the compute thread."""
+        blocks = (message.start, message.end)
+        summed = bool(
+            message.sum is not None
+            and found.adapters
+            and self.host.sums.add(peer, message.sum, blocks, found.adapters)
+        )
+        return _packed_gradient(replace(found, adapters={}) if summed else found), summed
+
+    async def _take_sum(self, stream: Stream, message: TakeSum) -> None:
+        numbers, grads = self.host.sums.take(stream.peer, message.id, (message.start, message.end))
+        answer = [
+            pack(wire_name(block, name), tensor) for block, named in grads.items() for name, tensor in named.items()
+        ]
+        await stream.send(SummedGradients(numbers), self._fitting(answer))
 
     async def _backward(self, stream: Stream, message: Backward, tensors: Mapping[str, RawTensor]) -> None:
         if message.kept is not None:
@@ -317,7 +339,7 @@ class Handler:
         await self._admit(stream, message.model, message.start, message.end, tensors)
         adapter = self.host.adapters.use(message.adapter, message.start, message.end)
 
-        def run() -> list[RawTensor]:
+        def run() -> tuple[list[RawTensor], bool]:
             inputs = take_inputs(tensors, self.host.form)
             grad, grad_carry = take_gradients(tensors, self.host.form, sizes(tensors))
             found = self.host.span.backward(
@@ -333,10 +355,10 @@ class Handler:
                 adapter=adapter,
                 adapter_grads=message.adapter_grads,
             )
-            return _packed_gradient(found)
+            return self._answered(stream.peer, message, found)
 
-        answer, timing = await self._compute(run, began)
-        await stream.send(BackwardResult(timing), self._fitting(answer))
+        (answer, summed), timing = await self._compute(run, began)
+        await stream.send(BackwardResult(timing, summed), self._fitting(answer))
 
     async def _put_adapter(self, stream: Stream, message: PutAdapter, tensors: Mapping[str, RawTensor]) -> None:
         self._check_model(message.model)

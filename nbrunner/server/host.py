@@ -19,6 +19,7 @@ from nbrunner.server.inputs import Form
 from nbrunner.server.kept import KeptPasses
 from nbrunner.server.quotas import Quotas
 from nbrunner.server.served import ServedAdapters
+from nbrunner.server.sums import GradientSums
 from nbrunner.server.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Host:
     adapters: AdapterStore = field(init=False)
     served: ServedAdapters = field(init=False)
     kept: KeptPasses = field(init=False)
+    sums: GradientSums = field(init=False)
     traffic: Traffic = field(default_factory=Traffic, init=False)
     form: Form = field(init=False)
     croppable: bool = field(init=False)
@@ -97,6 +99,7 @@ class Host:
             accept=self.accepts_adapters,
         )
         self.kept = KeptPasses(self.limits)
+        self.sums = GradientSums(self.limits)
         self.form = form_of(self.span, self.limits)
         self.croppable = always_croppable(self.span)
 
