@@ -19,29 +19,27 @@ def run() -> Report:
     results: list[Result] = []
     traffic: dict[str, object] = {}
     locals_ = {method: _Learner(local_model("mid"), method) for method in METHODS}
+    folder = str(checkpoint("mid"))
     with (
-        nbrunner.LocalSwarm(model=str(checkpoint("mid")), servers=1) as one,
-        nbrunner.LocalSwarm(model=str(checkpoint("mid")), servers=2) as two,
+        nbrunner.LocalSwarm(model=folder, servers=1) as one,
+        nbrunner.LocalSwarm(model=folder, servers=2) as two,
+        nbrunner.LocalSwarm(model=folder, servers=["0:16", "0:16"]) as both,
     ):
         for method in METHODS:
-            over_one, over_two = (_Learner(remote_model("mid", swarm.invite), method) for swarm in (one, two))
-            ours, ours_two, theirs = interleaved([over_one.step, over_two.step, locals_[method].step])
-            tokens = ROWS * TOKENS
-            for servers, seconds, reach in ((1, ours, 0.8), (2, ours_two, None)):
-                case = f"{method}, {servers} server{'s' if servers > 1 else ''}, of local"
-                results.append(Result(case, tokens / seconds, "tokens/s", tokens / theirs, theirs / seconds, reach))
-            results.append(
+            learners = [_Learner(remote_model("mid", swarm.invite), method) for swarm in (one, two, both)]
+            seconds = interleaved([*(learner.step for learner in learners), locals_[method].step])
+            ours, halves, wholes, theirs = (ROWS * TOKENS / one for one in seconds)
+            results += [
+                Result(f"{method}, 1 server, of local", ours, "tokens/s", theirs, ours / theirs, 0.8),
                 Result(
-                    f"{method}, 2 servers, of 1 server",
-                    tokens / ours_two,
-                    "tokens/s",
-                    tokens / ours,
-                    ours / ours_two,
-                    1.3,
-                )
-            )
-            for servers, learner in ((1, over_one), (2, over_two)):
-                traffic[f"{method}, {servers} server{'s' if servers > 1 else ''}"] = learner.bytes_of_a_step()
+                    f"{method}, 2 servers of 8 blocks, of 1 server", halves, "tokens/s", ours, halves / ours, 1.3
+                ),
+                Result(
+                    f"{method}, 2 servers of 16 blocks, of 1 server", wholes, "tokens/s", ours, wholes / ours, 1.3
+                ),
+            ]
+            for name, learner in zip(("1 server", "2 of 8 blocks", "2 of 16 blocks"), learners, strict=True):
+                traffic[f"{method}, {name}"] = learner.bytes_of_a_step()
                 learner.close()
     conditions = {"batch": ROWS, "tokens": TOKENS, "dtype": "float32", "threads": 1, "bytes a step": traffic}
     return Report("train", results, conditions)

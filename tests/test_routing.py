@@ -291,3 +291,16 @@ def test_explanation() -> None:
     nothing = explain(swarm, model="other@1", start=0, end=6)
     assert nothing.missing == [(0, 6)]
     assert nothing.hops == []
+
+
+def test_parts_of_one_batch_are_shared_by_speed() -> None:
+    """A server twice as fast is given twice as many."""
+    swarm = view(
+        fast=server(0, BLOCKS, prefill_tokens_per_second=200.0),
+        slow=server(0, BLOCKS, prefill_tokens_per_second=100.0),
+    )
+    pending: Counter[str] = Counter()
+    for _ in range(9):
+        (hop,) = plan(swarm, mode="throughput", pending=pending)
+        pending[hop.peer] += 1
+    assert 5 <= pending["fast"] <= 7

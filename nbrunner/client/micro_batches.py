@@ -1,7 +1,8 @@
 """Cutting a training batch into groups of rows that are under way at the same time, so that no server waits.
 
-While the second server works on the first group, the first works on the second. With two servers and ``n`` groups a
-pass takes ``(n + 1) / 2n`` of the time of one after the other.
+While the second server of a chain works on the first group, the first works on the second: with two servers and
+``n`` groups a pass takes ``(n + 1) / 2n`` of the time of one after the other. Servers of the same blocks share the
+groups. What it costs: on a CPU a product of 72 rows runs at 0.72 of the speed of one of 288 (measured, float32).
 """
 
 from __future__ import annotations

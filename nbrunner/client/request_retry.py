@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.client.session import SessionOptions
@@ -27,8 +27,14 @@ class Retry:
     """One part of a pass, until it succeeds or the budget is over. The clock starts at the first failure."""
 
     def __init__(
-        self, directory: Directory, model: str, options: SessionOptions, adapter: SpanAdapter | None
+        self,
+        directory: Directory,
+        model: str,
+        options: SessionOptions,
+        adapter: SpanAdapter | None,
+        pending: Mapping[str, int],
     ) -> None:
+        self._pending = pending
         self._model, self._options = model, options
         self._adapter = adapter.uid if adapter is not None else ""
         self._directory = directory
@@ -61,6 +67,7 @@ class Retry:
                     blocked=options.blocked_peers,
                     exclude=self._avoided(),
                     adapter=self._adapter,
+                    pending=self._pending,
                 )
             except MissingBlocksError as error:
                 missing = error

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -47,7 +49,6 @@ from nbrunner.client.session import SessionOptions
 from nbrunner.client.watch import note_pass
 from nbrunner.errors import (
     BadPeerDataError,
-    MissingBlocksError,
     PeerError,
     PeerRefusedError,
 )
@@ -57,7 +58,7 @@ from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.measure import Measure
 from nbrunner.protocol.messages import Backward, Forward, ForwardResult
 from nbrunner.protocol.tensors import pack, take
-from nbrunner.swarm.routing import plan_chain
+from nbrunner.swarm.routing import PlannedHop
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class BlockRequests:
         self.options = options
         self._directory = connection.directory
         self._streams = RequestStreams(connection.node)
+        self._pending: Counter[str] = Counter()
         self.adapters = AdapterSender(self._streams, model)
 
     @property
@@ -116,7 +118,7 @@ class BlockRequests:
 
     def retry(self, adapter: SpanAdapter | None) -> Retry:
         """For one part of a pass."""
-        return Retry(self._directory, self.model, self.options, adapter)
+        return Retry(self._directory, self.model, self.options, adapter, self._pending)
 
     def mark_failed(self, peer: str, why: str) -> None:
         """Do not use a peer for a while."""
@@ -183,22 +185,28 @@ class BlockRequests:
         )
 
     def _servers(self, start: int, end: int, adapter: SpanAdapter | None) -> int:
-        """How many servers a pass goes through, as far as is known now."""
-        options = self.options
+        """How many servers could be busy with these blocks at the same time, as far as is known now."""
+        options, uid = self.options, adapter.uid if adapter is not None else ""
+        return sum(
+            entry.record.model == self.model
+            and entry.record.state == "online"
+            and entry.record.start < end
+            and entry.record.end > start
+            and (options.allowed_peers is None or peer in options.allowed_peers)
+            and (options.blocked_peers is None or peer not in options.blocked_peers)
+            and (not uid or uid in entry.record.adapters)
+            for peer, entry in self._directory.view.servers.items()
+        )
+
+    @contextmanager
+    def _giving(self, hops: Sequence[PlannedHop]) -> Iterator[None]:
+        """These have a part of a batch for as long as it lasts: other parts go to others if there are some."""
+        peers = [hop.peer for hop in hops]
+        self._pending.update(peers)
         try:
-            chain = plan_chain(
-                self._directory.view,
-                model=self.model,
-                start=start,
-                end=end,
-                mode="throughput",
-                allowed=options.allowed_peers,
-                blocked=options.blocked_peers,
-                adapter=adapter.uid if adapter is not None else "",
-            )
-        except MissingBlocksError:
-            return 1
-        return len(chain)
+            yield
+        finally:
+            self._pending.subtract(peers)
 
     async def measured(
         self,
@@ -258,27 +266,29 @@ class BlockRequests:
         at = entry
         retry = self.retry(extras.adapter)
         while at.start < entry.end:
-            for hop in await retry.plan(at.start, entry.end):
-                try:
-                    limits = await self._streams.limits(hop.peer)
-                    most = self._most_blocks(hop.peer, at, limits, extras)
-                    last = min(
-                        hop.end, at.start + min(most, most_adapted(extras.adapter, at.start, hop.end, limits))
-                    )
-                    part = Segment(at.start, last, at.hidden, at.carry)
-                    needed = extras if last < entry.end else replace(extras, last=True)
-                    part, answer = await self._ask_forward(hop.peer, limits, part, needed)
-                except PeerError as error:
-                    await retry.failed(hop.peer, error)
-                    break
-                way.segments.append(part)
-                way.passes.append(answer.done)
-                way.captured += answer.captured
-                way.measured += answer.measured
-                at = way.output = Segment(last, entry.end, answer.hidden, answer.carry)
-                retry.succeeded(hop.peer)
-                if last < hop.end:
-                    break
+            hops = await retry.plan(at.start, entry.end)
+            with self._giving(hops):
+                for hop in hops:
+                    try:
+                        limits = await self._streams.limits(hop.peer)
+                        most = self._most_blocks(hop.peer, at, limits, extras)
+                        last = min(
+                            hop.end, at.start + min(most, most_adapted(extras.adapter, at.start, hop.end, limits))
+                        )
+                        part = Segment(at.start, last, at.hidden, at.carry)
+                        needed = extras if last < entry.end else replace(extras, last=True)
+                        part, answer = await self._ask_forward(hop.peer, limits, part, needed)
+                    except PeerError as error:
+                        await retry.failed(hop.peer, error)
+                        break
+                    way.segments.append(part)
+                    way.passes.append(answer.done)
+                    way.captured += answer.captured
+                    way.measured += answer.measured
+                    at = way.output = Segment(last, entry.end, answer.hidden, answer.carry)
+                    retry.succeeded(hop.peer)
+                    if last < hop.end:
+                        break
         return way
 
     def _asked(self, peer: str, start: int, end: int, extras: _Extras) -> Measure | None:

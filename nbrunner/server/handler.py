@@ -260,7 +260,8 @@ class Handler:
             raise PeerRefusedError("a pass is kept or captured, not both", code="schema")
         began, span, store = time.perf_counter(), self.host.span, self.host.kept
         batch, tokens = sizes(tensors)
-        allowance = store.allowance(batch * tokens)
+        work = batch * tokens * (message.end - message.start)
+        allowance, expected = store.allowance(work), store.expected(work, tokens)
 
         def run() -> tuple[list[RawTensor], KeptPass | None]:
             inputs = take_inputs(tensors, self.host.form)
@@ -276,8 +277,9 @@ class Handler:
                     edits=edits,
                     adapter=adapter,
                     adapter_grads=message.adapter_grads,
-                    limit=allowance,
+                    limit=None if expected else allowance,
                 )
+                kept.nbytes = kept.nbytes or expected
             except TooMuchToKeepError:
                 output = span.forward(
                     inputs.hidden,
@@ -295,9 +297,9 @@ class Handler:
         (answer, kept), timing = await self._compute(run, began)
         name = None
         if kept is None:
-            store.too_much(batch * tokens)
+            store.too_much(work)
         else:
-            name = store.put(stream.peer, (message.start, message.end), kept, batch * tokens)
+            name = store.put(stream.peer, (message.start, message.end), kept, work, tokens)
         await stream.send(ForwardResult(timing, name), self._fitting(answer))
 
     async def _kept_backward(self, stream: Stream, message: Backward, tensors: Mapping[str, RawTensor]) -> None:

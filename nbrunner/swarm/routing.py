@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -97,6 +97,7 @@ def plan_chain(
     exclude: Collection[str] = frozenset(),
     adapter: str = "",
     cache_tokens: int = 0,
+    pending: Mapping[str, int] | None = None,
     rng: random.Random | None = None,
 ) -> list[PlannedHop]:
     """Servers for blocks ``[start, end)``, in order.
@@ -117,6 +118,9 @@ def plan_chain(
         Uid of an adapter that they must serve.
     cache_tokens
         Tokens times rows that the session will hold; servers without room are the last choice.
+    pending
+        PeerID → parts of the same batch that it is given already: in throughput mode those with the least for their
+        speed are taken.
     rng
         For choices among near-equals; the same seed and view give the same chain.
 
@@ -137,7 +141,7 @@ def plan_chain(
         raise _missing_error(view, model, missing, allowed, blocked, exclude, adapter)
     rng = rng or random.Random()  # noqa: S311 - spreading load, not secrets
     if mode == "throughput":
-        return _spread(usable, start, end, rng)
+        return _spread(usable, start, end, pending or {}, rng)
     costs = _Costs(view, usable, cache_tokens, rng)
     plan = _cheapest(costs, start, end, relay=False) or _cheapest(costs, start, end, relay=True)
     if plan is None:
@@ -290,8 +294,13 @@ def _cheapest(costs: _Costs, start: int, end: int, *, relay: bool) -> list[Plann
     return plan[::-1]
 
 
-def _spread(usable: dict[str, ServerEntry], start: int, end: int, rng: random.Random) -> list[PlannedHop]:
-    """A random chain, each server taken in proportion to the blocks × tokens per second it can do."""
+def _spread(
+    usable: dict[str, ServerEntry], start: int, end: int, pending: Mapping[str, int], rng: random.Random
+) -> list[PlannedHop]:
+    """A random chain, each server taken in proportion to the blocks × tokens per second it can do.
+
+    Of those that have something to do already, only the ones are taken that would be through with one more first.
+    """
     known = [_block_rate(entry.record) for entry in usable.values() if entry.record.prefill_tokens_per_second > 0]
     typical = statistics.median(known) if known else 1.0
     plan: list[PlannedHop] = []
@@ -300,6 +309,11 @@ def _spread(usable: dict[str, ServerEntry], start: int, end: int, rng: random.Ra
         # A server is run to the end of its span, so the next one is another.
         here = [peer for peer in sorted(usable) if usable[peer].record.start <= position < usable[peer].record.end]
         weights = [_block_rate(usable[peer].record) or typical for peer in here]
+        if any(pending.get(peer) for peer in here):
+            seconds = [(1 + pending.get(peer, 0)) / weight for peer, weight in zip(here, weights, strict=True)]
+            near = min(seconds) * (1 + NEAR_EQUAL)
+            here = [peer for peer, one in zip(here, seconds, strict=True) if one <= near]
+            weights = [1.0] * len(here)
         peer = rng.choices(here, weights)[0]
         stop = min(usable[peer].record.end, end)
         plan.append(PlannedHop(peer, position, stop))
