@@ -29,10 +29,10 @@ REASONS = {
     "its blocks take 1.8 ms of processor time in a loop, and 2.2 to 2.5 ms in a server that has slept "
     "since the last step, whose caches have gone cold. With all servers on one core the added time is 0.3 "
     "ms less.",
-    "train": "Servers of 8 blocks each work on groups of 64 tokens, at which a product of float32 matrices runs at 0.72 "
-    "of its speed at 256; and the head with its loss, a sixth of a step, is the client's, while both wait. From the "
-    "two follows 1.19 for this batch, whatever the rest costs. Servers that both have all 16 blocks take half of "
-    "the batch each and do not wait for one another.",
+    "train": "Servers of 8 blocks each work on groups of 64 tokens, at which a product of float32 matrices runs at "
+    "0.72 of its speed at 256; and the head with its loss, a sixth of a step, is the client's, while both wait. "
+    "From the two follows 1.19 for this batch, whatever the rest costs. Servers that both have all 16 blocks take "
+    "half of the batch each and do not wait for one another.",
 }
 """Why a benchmark misses its line, shown under its table when it does."""
 
