@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.messages import CacheOp
 from nbrunner.protocol.tensors import pack
-from nbrunner.server.compute import ComputeThread, Urgency
+from nbrunner.server.compute import ComputeThread
 from nbrunner.server.inputs import Form, sizes, take_inputs, windows
 from nbrunner.server.options import parse_blocks, parse_bytes
 from nbrunner.server.quotas import LONGEST_WAIT, Quotas, TokenBucket
+from nbrunner.server.scheduler import Urgency
 from nbrunner.server.transcript import Transcript
 
 FORM = Form(torch.float32, (4,), 100)
@@ -195,9 +197,35 @@ def test_a_cancelled_job_does_not_run_and_errors_come_back() -> None:
     assert ran == []
 
 
-def test_brief_work_runs_here_unless_something_else_runs_or_waits() -> None:
+@dataclass
+class FakePart:
+    """A part of a session; `run` is called for every piece of it."""
+
+    run: Callable[[], None]
+    tokens: int = 1
+    rows: int = 1
+    joins: str | None = "all"
+
+
+def run_fakes(chosen: Sequence[tuple[FakePart, int]]) -> list[Exception | None]:
+    problems: list[Exception | None] = []
+    for part, tokens in chosen:
+        try:
+            part.run()
+            problems.append(None)
+        except ValueError as error:
+            problems.append(error)
+        part.tokens -= tokens
+    return problems
+
+
+def test_brief_parts_run_here_unless_something_runs_or_another_session_is_active() -> None:
     thread, where = ComputeThread(), []
+    thread.serve_parts(run_fakes)
     begun, gate = threading.Event(), threading.Event()
+
+    async def part(run: Callable[[], None], session: str = "one", *, brief: bool = True) -> None:
+        await thread.submit_part(FakePart(run), Urgency.DECODE, peer="p", session=session, brief=brief)
 
     def note() -> None:
         where.append(threading.current_thread())
@@ -207,24 +235,66 @@ def test_brief_work_runs_here_unless_something_else_runs_or_waits() -> None:
         gate.wait()
 
     async def main() -> None:
-        await thread.submit(note, Urgency.DECODE, brief=True)
+        await part(note)
         first = asyncio.create_task(thread.submit(long, Urgency.PREFILL))
         await asyncio.to_thread(begun.wait)
-        second = asyncio.create_task(thread.submit(note, Urgency.DECODE, brief=True))
+        second = asyncio.create_task(part(note))
         await asyncio.sleep(0)
         assert len(where) == 1  # the event loop does not wait for what runs
         gate.set()
         await asyncio.gather(first, second)
         with pytest.raises(ValueError, match="no"):
-            await thread.submit(_fail, Urgency.DECODE, brief=True)
-        await thread.submit(note, Urgency.DECODE, brief=True)
+            await part(_fail)
+        await part(note)
+        await part(note, "two")  # may be joined with what session one sends next
 
     try:
         asyncio.run(main())
     finally:
         thread.close()
     here = threading.current_thread()
-    assert [one is here for one in where] == [True, False, True]
+    assert [one is here for one in where] == [True, False, True, False]
+
+
+def test_parts_of_several_sessions_run_together_and_fail_apart() -> None:
+    thread, passes = ComputeThread(), []
+    gate = threading.Event()
+
+    def run(chosen: Sequence[tuple[FakePart, int]]) -> list[Exception | None]:
+        passes.append([tokens for _, tokens in chosen])
+        return run_fakes(chosen)
+
+    def fine() -> None:
+        pass
+
+    thread.serve_parts(run)
+
+    async def part(session: str, run: Callable[[], None], tokens: int = 1, joins: str | None = "all") -> None:
+        urgency = Urgency.DECODE if tokens < 10 else Urgency.PREFILL
+        await thread.submit_part(FakePart(run, tokens, 1, joins), urgency, peer="p", session=session)
+
+    async def main() -> None:
+        first = asyncio.create_task(thread.submit(gate.wait, Urgency.DECODE))
+        await asyncio.sleep(0)
+        others = [
+            asyncio.create_task(part("a", fine)),
+            asyncio.create_task(part("b", _fail)),
+            asyncio.create_task(part("c", fine, 4)),
+            asyncio.create_task(part("d", fine, 1, "other")),
+            asyncio.create_task(part("e", fine, 100)),
+        ]
+        await asyncio.sleep(0)
+        gate.set()
+        await first
+        results = await asyncio.gather(*others, return_exceptions=True)
+        assert [type(result).__name__ for result in results] == ["NoneType", "ValueError", *["NoneType"] * 3]
+
+    try:
+        asyncio.run(main())
+    finally:
+        thread.close()
+    assert passes[0] == [1, 1, 4, 32]  # the prompt's first piece beside the decode steps
+    assert sum(map(sum, passes)) == 1 + 1 + 4 + 1 + 100
 
 
 def _fail() -> None:

@@ -196,11 +196,15 @@ class Adapting:
         For the rows of the pass.
     batch
         How many rows those are.
+    axis
+        Where the rows are in what enters a module: -2 where tokens of several sessions lie side by side in one row,
+        and each of them counts as a row here.
     """
 
-    def __init__(self, adapters: RowAdapters, batch: int) -> None:
+    def __init__(self, adapters: RowAdapters, batch: int, axis: int = 0) -> None:
         self._groups = _groups(adapters, batch)
         self._batch = batch
+        self._axis = axis
 
     @contextmanager
     def within(self, layers: Mapping[int, nn.Module]) -> Iterator[None]:
@@ -238,7 +242,7 @@ class Adapting:
                     continue
                 drops = group.adapter.seed is not None and any(lora.dropout for lora in loras)
                 whole = (group.begin, group.end) == (0, self._batch)
-                if (drops or not whole) and (inputs.ndim < 3 or inputs.shape[0] != self._batch):
+                if (drops or not whole) and not self._has_rows(inputs):
                     raise UserInputError(
                         f"{name} of block {block} is given its tokens without their rows "
                         f"({list(inputs.shape)}), so neither dropout nor several adapters in one batch are possible"
@@ -246,17 +250,25 @@ class Adapting:
                 if whole:
                     output = _adapted(inputs, output, loras, group.adapter, (block, name), 0)
                 else:
-                    rows = slice(group.begin, group.end)
-                    changed = _adapted(inputs[rows], output[rows], loras, group.adapter, (block, name), 0)
+                    rows = (self._axis, group.begin, group.end - group.begin)
+                    changed = _adapted(
+                        inputs.narrow(*rows), output.narrow(*rows), loras, group.adapter, (block, name), 0
+                    )
                     output = self._put(output, group, changed)
             return output
 
         return hook
 
+    def _has_rows(self, inputs: Tensor) -> bool:
+        least = 3 if self._axis == 0 else 2
+        return inputs.ndim >= least and inputs.shape[self._axis] == self._batch
+
     def _put(self, whole: Tensor, group: _Group, rows: Tensor) -> Tensor:
         if (group.begin, group.end) == (0, self._batch):
             return rows
-        return torch.cat([whole[: group.begin], rows, whole[group.end :]])
+        before = whole.narrow(self._axis, 0, group.begin)
+        after = whole.narrow(self._axis, group.end, self._batch - group.end)
+        return torch.cat([before, rows, after], dim=self._axis)
 
 
 _NOTHING = BlockAdapter()

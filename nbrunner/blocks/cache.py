@@ -161,7 +161,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         layers = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
-        recurrent = [layer for layer in layers if _is_recurrent(layer)]
+        recurrent = [layer for layer in layers if is_recurrent(layer)]
         if not recurrent:
             return self.length > 0
         states = recurrent[-1].has_previous_state
@@ -192,7 +192,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     def recurrent(self) -> bool:
         """Whether a layer keeps a recurrent state, which `crop` cannot take back even after `record`."""
         return any(
-            _is_recurrent(layer) and any(layer.is_recurrent_states_initialized.values()) for layer in self.layers
+            is_recurrent(layer) and any(layer.is_recurrent_states_initialized.values()) for layer in self.layers
         )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -280,18 +280,19 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
 
-def _is_recurrent(layer: Any) -> bool:
+def is_recurrent(layer: Any) -> bool:
+    """Whether a layer keeps a recurrent state or the end of a convolution."""
     return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, DummyLayer)
 
 
 def _holds_something(layer: Any) -> bool:
-    if _is_recurrent(layer):
+    if is_recurrent(layer):
         return any(layer.is_conv_states_initialized.values())
     return not isinstance(layer, DummyLayer) and bool(layer.is_initialized)
 
 
 def _croppable(layer: Any) -> bool:
-    if _is_recurrent(layer):
+    if is_recurrent(layer):
         if any(layer.is_recurrent_states_initialized.values()):
             return False
         if any(layer.is_conv_states_initialized.values()) and not getattr(layer, "record_past", False):

@@ -9,6 +9,7 @@ little more than that, and these names may move in any minor release:
   be a second, slowly diverging copy of them.
 - the classes of one layer's cache: a span keeps caches under absolute layer numbers with an empty placeholder
   (`DummyLayer`) for each layer it does not hold, and replaces the layer that copies its whole content in each step.
+- `AttentionInterface`, `AttentionMaskInterface` and the tables they fill: attention of several sessions at once.
 - `Conv1D`: the linear layer of the GPT-2 family, with its weight the other way round.
 
 A release of transformers that moves one of them fails here, at import, and the parity tests say what changed;
@@ -19,9 +20,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 try:
@@ -43,6 +47,11 @@ except ImportError:  # before 5.23, where an empty recurrent layer is what masks
 
 
 __all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "Cache",
     "CacheLayerMixin",
     "Conv1D",
     "DummyLayer",

@@ -206,12 +206,48 @@ class BlockSpan:
         start, end = self._range(default[0] if start is None else start, default[1] if end is None else end)
         self._check(hidden, cache, attention_mask, position_ids, start, end, carry)
         with self._lock, torch.inference_mode() if cache is not None else torch.no_grad():
+            adapting = None if adapters is None else Adapting(adapters, hidden.shape[0])
             run = self._execute(
-                hidden, cache, attention_mask, position_ids, start, end, carry or {}, collect, edits, adapters
+                hidden, cache, attention_mask, position_ids, start, end, carry or {}, collect, edits, adapting
             )
         if cache is not None and end == cache.end:
             cache.length += hidden.shape[1]
         return SpanOutput(_result(run), run.rest, run.collected or [])
+
+    def forward_joined(
+        self,
+        hidden: Tensor,
+        cache: Any,
+        *,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        carry: Mapping[int, Tensor],
+        collect: bool,
+        edits: Any,
+        adapting: Adapting | None,
+    ) -> SpanOutput:
+        """Run steps of several sessions that `nbrunner.blocks.batching` has joined; nothing is checked here.
+
+        ``cache`` is what the layers see as their cache. The sessions' own positions are for the caller to move.
+        """
+        start, end = cache.start, cache.end
+        with self._lock, torch.inference_mode():
+            run = self._execute(
+                hidden, cache, attention_mask, position_ids, start, end, carry, collect, edits, adapting
+            )
+        return SpanOutput(_result(run), run.rest, run.collected or [])
+
+    def check_step(
+        self,
+        hidden: Tensor,
+        cache: SpanCache,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        carry: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """`UserInputError` for what `forward` would refuse of a step through all blocks of its cache."""
+        self._check(hidden, cache, attention_mask, position_ids, *self._range(cache.start, cache.end), carry)
 
     def trace(
         self,
@@ -257,6 +293,7 @@ class BlockSpan:
             leaves = Leaves.of(
                 hidden, carry or {}, adapter, device=self.device, dtype=self.dtype, adapter_grads=adapter_grads
             )
+            adapting = None if leaves.adapter is None else Adapting(leaves.adapter, hidden.shape[0])
             run = self._execute(
                 leaves.hidden,
                 None,
@@ -267,7 +304,7 @@ class BlockSpan:
                 leaves.carry,
                 collect,
                 edits,
-                leaves.adapter,
+                adapting,
             )
         return KeptPass(leaves, _result(run), run.rest, run.collected or [], saved.nbytes)
 
@@ -327,6 +364,11 @@ class BlockSpan:
         if block not in self._widths:
             self._widths[block] = linear_widths(self._pruned.originals[block])
         return self._widths[block]
+
+    def block(self, index: int) -> nn.Module:
+        """One of the blocks held, by its number in the model."""
+        module: nn.Module = self._pruned.originals[index]
+        return module
 
     def carry_at(self, block: int) -> frozenset[int]:
         """The parts of the previous block's result that a block takes besides the hidden state."""
@@ -415,7 +457,7 @@ class BlockSpan:
         carry: Mapping[int, Tensor],
         collect: bool,
         edits: Edits | None,
-        adapters: RowAdapters,
+        adapting: Adapting | None,
     ) -> _Run:
         hidden = hidden.to(self.device, self.dtype)
         batch, tokens = hidden.shape[:2]
@@ -434,7 +476,6 @@ class BlockSpan:
             rope.restore()
         moved = {part: tensor.to(self.device) for part, tensor in carry.items()}
         past = cache.length if cache is not None else 0
-        adapting = None if adapters is None else Adapting(adapters, batch)
         self._run = run = _Run(hidden, moved, start, end, [] if collect else None, edits, adapting, past)
         part_of_cache = cache is not None and (start, end) != (cache.start, cache.end)
         try:

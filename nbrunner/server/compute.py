@@ -1,30 +1,47 @@
-"""The compute thread: everything that touches a device's tensors runs there, most urgent first."""
+"""The compute thread: everything that touches a device's tensors runs there, one pass after the other."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError
-from enum import IntEnum
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+from nbrunner.server.scheduler import Scheduler, Urgency, Waiting
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class Urgency(IntEnum):
-    """Which work goes first. Somebody waits for every token of a decode; a gradient can wait."""
+GATHER_SECONDS = 0.001
+"""How long the thread waits for the steps of other sessions that are active, before it runs those it has."""
 
-    DECODE = 0
-    PREFILL = 1
-    STATELESS = 2
+ACTIVE_SECONDS = 0.25
+"""A session counts as active for so long after its last step."""
+
+
+class Part(Protocol):
+    """A part of a session, as the thread sees it: `nbrunner.server.stepping.PartWork`."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens × rows left."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def joins(self) -> Hashable | None: ...
+
+
+PartRunner = Callable[[Sequence[tuple[Any, int]]], Sequence[Exception | None]]
+"""Runs so many tokens × rows of each part together, and says what went wrong with which."""
 
 
 class Done(Generic[T]):
@@ -39,7 +56,7 @@ class Done(Generic[T]):
 
 
 class ComputeThread:
-    """One thread, and a heap of jobs ordered by (urgency, arrival).
+    """One thread. What it runs next is for `Scheduler` to say, of all that waits.
 
     Jobs of one session keep their order because a session submits one at a time. Waking the thread goes through
     a `queue.SimpleQueue`, written in C: a put and the wake-up take 10-20 µs, where `queue.PriorityQueue` with its
@@ -47,7 +64,10 @@ class ComputeThread:
     """
 
     def __init__(self, name: str = "nbrunner-compute", initialize: Callable[[], None] | None = None) -> None:
-        self._heap: list[tuple[int, int, _Job]] = []
+        self.scheduler = Scheduler()
+        self._run_parts: PartRunner | None = None
+        self._waiting: dict[int, _Job] = {}
+        self._active: dict[str, float] = {}
         self._lock = threading.Lock()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._numbers = itertools.count()
@@ -60,88 +80,240 @@ class ComputeThread:
     @property
     def waiting(self) -> int:
         """Jobs that have not begun."""
-        return len(self._heap)
+        return len(self._waiting)
 
-    async def submit(self, function: Callable[[], T], urgency: Urgency, *, brief: bool = False) -> Done[T]:
+    def serve_parts(self, run: PartRunner) -> None:
+        """How parts are run, once there is a span to run them on."""
+        self._run_parts = run
+
+    async def submit(self, function: Callable[[], T], urgency: Urgency, *, peer: str = "") -> Done[T]:
         """Run a function in the thread. Cancelling takes the job back unless it has begun.
 
         Parameters
         ----------
-        brief
-            It takes no longer than the event loop may stand still: if nothing else runs or waits, it is run at once
-            where we are, without waking the thread and being woken by it.
+        peer
+            For whom; peers take turns.
         """
-        if brief and not self._heap and not self._closed and self._running.acquire(blocking=False):
+        job = self._job(urgency, peer)
+        job.function = function
+        found = cast(T, await self._enqueue(job))
+        return Done(found, job.queue, job.compute)
+
+    async def submit_part(
+        self, part: Part, urgency: Urgency, *, peer: str, session: str, brief: bool = False
+    ) -> Done[None]:
+        """Run a part of a session, perhaps with those of others.
+
+        Parameters
+        ----------
+        brief
+            It takes no longer than the event loop may stand still: if nothing else runs or waits and no other
+            session is active, it is run at once where we are, without waking the thread and being woken by it.
+        """
+        now = time.perf_counter()
+        with self._lock:
+            self._active[session] = now
+            alone = self._active_sessions(now) == 1
+        if brief and alone and self._may_run_here():
             try:
-                began = time.perf_counter()
-                value = function()
-                return Done(value, 0.0, time.perf_counter() - began)
+                (problem,) = self._runner()([(part, part.tokens)])
             finally:
                 self._running.release()
-        loop = asyncio.get_running_loop()
-        job = _Job(function, loop, loop.create_future())
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the compute thread is closed")
-            heapq.heappush(self._heap, (urgency, next(self._numbers), job))
-        self._wake.put(True)
-        found = cast(T, await job.future)
-        return Done(found, job.begun - job.submitted, job.ended - job.begun)
+            if problem is not None:
+                raise problem
+            return Done(None, 0.0, time.perf_counter() - now)
+        job = self._job(urgency, peer)
+        job.part = part
+        await self._enqueue(job)
+        return Done(None, job.queue, job.compute)
 
     def close(self) -> None:
         """Take no more; what waits is cancelled; returns when the thread has ended."""
         with self._lock:
             self._closed = True
-            waiting, self._heap = self._heap, []
-        for _, _, job in waiting:
+            waiting, self._waiting = self._waiting, {}
+        for job in waiting.values():
             job.give_up()
         self._wake.put(False)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
 
+    def _may_run_here(self) -> bool:
+        return not self._waiting and not self._closed and self._running.acquire(blocking=False)
+
+    def _active_sessions(self, now: float) -> int:
+        """How many have had a step lately. With the lock held."""
+        if len(self._active) > 1:
+            self._active = {one: at for one, at in self._active.items() if now - at < ACTIVE_SECONDS}
+        return len(self._active)
+
+    def _job(self, urgency: Urgency, peer: str) -> _Job:
+        loop = asyncio.get_running_loop()
+        return _Job(next(self._numbers), urgency, peer, loop, loop.create_future())
+
+    async def _enqueue(self, job: _Job) -> object:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the compute thread is closed")
+            self._waiting[job.number] = job
+        self._wake.put(True)
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            with self._lock:
+                self._waiting.pop(job.number, None)
+            raise
+
+    # -- in the thread ---------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
         if self._initialize:
             self._initialize()
         while self._wake.get():
+            while self._run_next():
+                pass
+
+    def _run_next(self) -> bool:
+        """Run what the scheduler says; False if nothing waits."""
+        self._gather()
+        with self._lock:
+            waiting = [job.waiting for job in self._waiting.values()]
+            now = time.perf_counter()
+            chosen = self.scheduler.choose(waiting, now, active=self._active_sessions(now))
+            jobs = [(self._waiting.pop(one.work.number), one.tokens) for one in chosen]
+        if not jobs:
+            return False
+        with self._running:
+            unfinished = self._run_jobs(jobs)
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._waiting.update({job.number: job for job in unfinished})
+        if closed:
+            for job in unfinished:
+                job.give_up()
+        return True
+
+    def _gather(self) -> None:
+        """Give the steps of other active sessions a moment to arrive, to be run together with those here."""
+        deadline = 0.0
+        while True:
+            now = time.perf_counter()
             with self._lock:
-                if not self._heap:
-                    continue
-                _, _, job = heapq.heappop(self._heap)
-            with self._running:
-                job.run()
-            del job  # it holds tensors, and this frame lives until the next one comes
+                here = [job.waiting for job in self._waiting.values() if job.part is not None]
+                expected = self._active_sessions(now)
+            steps = [one for one in here if one.urgency is Urgency.DECODE and one.joins is not None]
+            if not steps or len(here) >= expected:
+                return
+            deadline = deadline or now + GATHER_SECONDS
+            if now >= deadline or self._closed:
+                return
+            try:
+                if not self._wake.get(timeout=deadline - now):
+                    self._wake.put(False)
+                    return
+            except queue.Empty:
+                return
+
+    def _run_jobs(self, jobs: Sequence[tuple[_Job, int]]) -> list[_Job]:
+        """Those that have something left are returned."""
+        jobs = [(job, tokens) for job, tokens in jobs if not job.future.cancelled()]
+        if not jobs:
+            return []
+        began = time.perf_counter()
+        for job, _ in jobs:
+            job.begin(began)
+        first = jobs[0][0]
+        if first.function is not None:
+            first.run()
+            return []
+        parts = [(job.part, tokens) for job, tokens in jobs]
+        try:
+            problems = self._runner()(parts)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the jobs
+            problems = cast(Sequence[Exception], [error] * len(jobs))
+        seconds = time.perf_counter() - began
+        unfinished = []
+        for (job, _), problem in zip(jobs, problems, strict=True):
+            job.compute += seconds
+            if problem is None and job.part is not None and job.part.tokens:
+                unfinished.append(job)
+            else:
+                job.answer(None, problem)
+        return unfinished
+
+    def _runner(self) -> PartRunner:
+        if self._run_parts is None:
+            raise RuntimeError("there is no span yet")
+        return self._run_parts
 
 
 class _Job:
-    __slots__ = ("_function", "_loop", "begun", "ended", "future", "submitted")
+    __slots__ = (
+        "_loop",
+        "begun",
+        "compute",
+        "function",
+        "future",
+        "number",
+        "part",
+        "peer",
+        "queue",
+        "submitted",
+        "urgency",
+    )
 
     def __init__(
-        self, function: Callable[[], object], loop: asyncio.AbstractEventLoop, future: asyncio.Future[object]
+        self,
+        number: int,
+        urgency: Urgency,
+        peer: str,
+        loop: asyncio.AbstractEventLoop,
+        future: asyncio.Future[object],
     ) -> None:
-        self._function: Callable[[], object] | None = function
+        self.number, self.urgency, self.peer = number, urgency, peer
+        self.function: Callable[[], object] | None = None
+        self.part: Part | None = None
         self._loop = loop
         self.future: asyncio.Future[object] = future
         self.submitted = time.perf_counter()
-        self.begun = self.ended = self.submitted
+        self.queue = 0.0
+        self.begun = False
+        self.compute = 0.0
+
+    @property
+    def waiting(self) -> Waiting:
+        part = self.part
+        if part is None:
+            return Waiting(self.number, self.urgency, self.submitted, self.peer, joins=None)
+        divisible = self.urgency is not Urgency.DECODE
+        return Waiting(
+            self.number, self.urgency, self.submitted, self.peer, part.tokens, part.rows, divisible, part.joins
+        )
+
+    def begin(self, now: float) -> None:
+        if not self.begun:
+            self.begun, self.queue = True, now - self.submitted
 
     def run(self) -> None:
-        function, self._function = self._function, None
-        if function is None or self.future.cancelled():
+        function, self.function = self.function, None
+        if function is None:
             return
-        self.begun = time.perf_counter()
+        began = time.perf_counter()
         try:
             value, error = function(), None
         except BaseException as caught:  # noqa: BLE001 - handed to whoever awaits the job
             value, error = None, caught
         del function
-        self.ended = time.perf_counter()
-        self._answer(value, error)
+        self.compute = time.perf_counter() - began
+        self.answer(value, error)
 
     def give_up(self) -> None:
-        self._function = None
-        self._answer(None, CancelledError())
+        self.function = self.part = None
+        self.answer(None, CancelledError())
 
-    def _answer(self, value: object, error: BaseException | None) -> None:
+    def answer(self, value: object, error: BaseException | None) -> None:
+        self.part = None  # it holds tensors, and the job lives until the next one comes
         try:
             self._loop.call_soon_threadsafe(self._set, value, error)
         except RuntimeError:

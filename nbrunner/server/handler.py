@@ -46,10 +46,10 @@ from nbrunner.protocol.messages import (
 from nbrunner.protocol.records import ServerRecord
 from nbrunner.protocol.tensors import pack
 from nbrunner.server.adapters import take_checked
-from nbrunner.server.compute import Urgency
 from nbrunner.server.host import Host
 from nbrunner.server.inputs import CARRY, sizes, take_gradients, take_inputs
 from nbrunner.server.measuring import MeasuredPass, check_measure
+from nbrunner.server.scheduler import Urgency
 from nbrunner.server.session import ServerSession
 from nbrunner.swarm.streams import Stream
 
@@ -231,7 +231,7 @@ class Handler:
                 answer.append(pack("states", torch.stack(output.collected)))
             return answer
 
-        answer, timing = await self._compute(run, began)
+        answer, timing = await self._compute(run, began, stream.peer)
         await stream.send(ForwardResult(timing), self._fitting(answer))
 
     async def _measured_forward(
@@ -244,7 +244,7 @@ class Handler:
         adapter = self.host.adapters.use(message.adapter, message.start, message.end)
         work, more = MeasuredPass(self.host, message, measure, tensors, adapter), True
         while more:
-            more, timing = await self._compute(work.advance, began)
+            more, timing = await self._compute(work.advance, began, stream.peer)
             queue, compute = queue + timing.queue, compute + timing.compute
         timing = HopTiming(self.host.peer_id, queue, compute, time.perf_counter() - began)
         await stream.send(ForwardResult(timing), self._fitting(work.answer()))
@@ -359,7 +359,7 @@ class Handler:
             )
             return self._answered(stream.peer, message, found)
 
-        (answer, summed), timing = await self._compute(run, began)
+        (answer, summed), timing = await self._compute(run, began, stream.peer)
         await stream.send(BackwardResult(timing, summed), self._fitting(answer))
 
     async def _put_adapter(self, stream: Stream, message: PutAdapter, tensors: Mapping[str, RawTensor]) -> None:
@@ -415,9 +415,9 @@ class Handler:
         self.host.quotas.spend(stream.peer, terms, tokens * batch + extra_tokens)
         self.host.traffic.note(stream.peer, tokens, batch)
 
-    async def _compute(self, run: Callable[[], T], began: float) -> tuple[T, HopTiming]:
+    async def _compute(self, run: Callable[[], T], began: float, peer: str) -> tuple[T, HopTiming]:
         try:
-            done = await self.host.compute.submit(run, Urgency.STATELESS)
+            done = await self.host.compute.submit(run, Urgency.STATELESS, peer=peer)
         except BadPeerDataError as error:
             raise PeerRefusedError(str(error), code="data") from None
         except UserInputError as error:

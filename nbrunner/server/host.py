@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nbrunner.blocks.cache import SpanCache
+from nbrunner.blocks.batching import Batcher
+from nbrunner.blocks.cache import SpanCache, is_recurrent
 from nbrunner.blocks.lens import Lens
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.protocol.limits import Limits
@@ -20,6 +21,8 @@ from nbrunner.server.kept import KeptPasses
 from nbrunner.server.quotas import Quotas
 from nbrunner.server.served import ServedAdapters
 from nbrunner.server.sums import GradientSums
+from nbrunner.server.scheduler import Scheduler
+from nbrunner.server.stepping import run_parts
 from nbrunner.server.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -62,6 +65,8 @@ class Host:
         Uid of the checkpoint and blocks of the whole model.
     lens
         Final norm and head, where the server holds them.
+    batcher
+        Runs steps of several sessions on the span.
     queue_seconds
         How long the last steps waited before they ran, smoothed.
     """
@@ -75,6 +80,7 @@ class Host:
     speed: Speed
     lens: Lens | None = None
     accepts_adapters: bool = False
+    batcher: Batcher = field(default=None)  # type: ignore[assignment]
     quotas: Quotas = field(init=False)
     adapters: AdapterStore = field(init=False)
     served: ServedAdapters = field(init=False)
@@ -87,6 +93,9 @@ class Host:
     _decode_seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        self.batcher = self.batcher or Batcher(self.span)
+        self.compute.serve_parts(lambda chosen: run_parts(self, chosen))
+        self.compute.scheduler = scheduler_for(self.span, self.speed)
         self.quotas = Quotas(self.limits)
         self.adapters = AdapterStore(self.limits)
         self.served = ServedAdapters(
@@ -128,6 +137,26 @@ class Host:
         if row_tokens == 1:
             before = self._decode_seconds or done.compute
             self._decode_seconds = before + _SMOOTHING * (done.compute - before)
+
+
+PIECE_SECONDS = 0.25
+"""A prompt is run in pieces of this length while others wait: so long a decode step waits for it at most."""
+
+
+def scheduler_for(span: BlockSpan, speed: Speed) -> Scheduler:
+    """A scheduler whose pieces of prompts take as long as they should on this span.
+
+    Beside decode steps a piece takes about as long as a decode step does: those who decode are slowed down to half
+    at most, and the prompt gets on.
+    """
+    if not speed.prefill_tokens_per_second:
+        return Scheduler()
+    cache = span.new_cache()
+    if cache is None or any(is_recurrent(layer) for layer in cache.layers):
+        return Scheduler(piece_tokens=1 << 30, beside_tokens=1 << 30)  # a scan in other pieces rounds differently
+    piece = int(speed.prefill_tokens_per_second * PIECE_SECONDS)
+    beside = int(speed.prefill_tokens_per_second * speed.step_seconds)
+    return Scheduler(piece_tokens=max(piece, 32), beside_tokens=min(max(beside, 16), 128))
 
 
 def form_of(span: BlockSpan, limits: Limits) -> Form:

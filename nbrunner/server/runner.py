@@ -13,6 +13,8 @@ import msgspec
 import torch
 
 from nbrunner.blocks.adapters import BlockAdapter, check_adapter
+from nbrunner.blocks.batching import Batcher
+from nbrunner.blocks.batching_probe import choose_joining
 from nbrunner.blocks.checkpoint import Checkpoint, resolve_checkpoint
 from nbrunner.blocks.lens import Lens
 from nbrunner.blocks.span import BlockSpan
@@ -23,7 +25,7 @@ from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.records import ServerRecord
 from nbrunner.server.adapters import PEERS
 from nbrunner.server.announce import Announcer
-from nbrunner.server.compute import ComputeThread, Urgency
+from nbrunner.server.compute import ComputeThread
 from nbrunner.server.handler import Handler
 from nbrunner.server.host import Host, Speed, measure
 from nbrunner.server.load import (
@@ -36,6 +38,7 @@ from nbrunner.server.load import (
     session_tokens,
 )
 from nbrunner.server.options import ServerOptions
+from nbrunner.server.scheduler import Urgency
 from nbrunner.swarm.daemon import split_address
 from nbrunner.swarm.directory import Directory
 from nbrunner.swarm.node import Node
@@ -57,6 +60,7 @@ Adapters = list[tuple[str, dict[int, BlockAdapter]]]
 class _Loaded(NamedTuple):
     span: BlockSpan
     speed: Speed
+    batcher: Batcher
     lens: Lens | None
 
 
@@ -237,7 +241,7 @@ class BlockServer:
         return choose_span(others, checkpoint.num_blocks, count)
 
     async def _serve(self, checkpoint: Checkpoint, placement: Placement, loaded: _Loaded) -> None:
-        span, speed, lens = loaded
+        span, speed, batcher, lens = loaded
         limits = self._limits(checkpoint, placement, span)
         self._host = Host(
             node=self.node,
@@ -249,6 +253,7 @@ class BlockServer:
             speed=speed,
             lens=lens,
             accepts_adapters=self.options.accept_adapters,
+            batcher=batcher,
         )
         for name, blocks in await self._in_thread(lambda: _load_adapters(self.options, checkpoint, span, limits)):
             logger.info("serving adapter %s", self._host.served.begin_with(name, blocks))
@@ -262,7 +267,7 @@ class BlockServer:
             dtype=str(span.dtype).removeprefix("torch."),
             quantization=span.quantization,
             version=_version(),
-            features=["lens"] if lens is not None else [],
+            features=[f"batch-{batcher.layout}", *(["lens"] if lens is not None else [])],
             started=time.time(),
             addresses=[split_address(address)[0] for address in self.node.addresses[:8]],
         )
@@ -375,8 +380,10 @@ def _load_span(checkpoint: Checkpoint, placement: Placement, blocks: tuple[int, 
     )
     loaded = time.perf_counter()
     speed = measure(span)
+    batcher = Batcher(span, choose_joining(span))
     logger.info(
-        "loaded blocks [%d, %d) as %s%s on %s in %.1f s; %.1f ms per token, %.0f tokens/s in prompts",
+        "loaded blocks [%d, %d) as %s%s on %s in %.1f s; %.1f ms per token, %.0f tokens/s in prompts; "
+        "steps of several sessions: %s",
         *blocks,
         str(span.dtype).removeprefix("torch."),
         "" if span.quantization == "none" else f" with {span.quantization} weights",
@@ -384,11 +391,12 @@ def _load_span(checkpoint: Checkpoint, placement: Placement, blocks: tuple[int, 
         loaded - began,
         speed.step_seconds * 1e3,
         speed.prefill_tokens_per_second,
+        batcher.layout,
     )
     held = Lens.load(checkpoint, placement.dtype, placement.device) if lens else None
     if held is not None:
         logger.info("loaded final norm and head for lenses: %.0f MB", held.nbytes / 1e6)
-    return _Loaded(span, speed, held)
+    return _Loaded(span, speed, batcher, held)
 
 
 def _load_adapters(options: ServerOptions, checkpoint: Checkpoint, span: BlockSpan, limits: Limits) -> Adapters:

@@ -18,7 +18,6 @@ from nbrunner.protocol.credentials import Terms
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.messages import (
-    CacheOp,
     CloseSession,
     Draining,
     HopTiming,
@@ -32,11 +31,12 @@ from nbrunner.protocol.messages import (
     Step,
     StepFailed,
 )
-from nbrunner.server.compute import Done, Urgency
-from nbrunner.server.inputs import CARRY, sizes, take_inputs
+from nbrunner.server.compute import Done
+from nbrunner.server.inputs import sizes
 from nbrunner.server.outgoing import Outgoing
+from nbrunner.server.scheduler import Urgency
 from nbrunner.server.session_state import PartPlan, PartRefusedError, SessionState
-from nbrunner.server.transcript import Transcript
+from nbrunner.server.stepping import PartWork, SessionMemory
 from nbrunner.swarm.streams import Stream
 
 if TYPE_CHECKING:
@@ -64,22 +64,12 @@ class _Arrived:
     at: float
 
 
-@dataclass
-class _Outcome:
-    """What the compute thread did of a plan. It fills this in as it goes: it may fail in between."""
-
-    applied: bool = False
-    computed: bool = False
-    captured: torch.Tensor | None = None
-    held_bytes: int = 0
-
-
 @dataclass(eq=False)
 class ServerSession:
     """A session that a client has opened here; `run` serves it until its stream ends.
 
-    Everything but `_compute` runs in the event loop; `_compute` is the only thing that touches caches and
-    transcript, in the compute thread.
+    Everything here runs in the event loop. Caches and transcript are touched by `PartWork` only, in the compute
+    thread, while this session waits for it.
     """
 
     host: Host
@@ -105,8 +95,7 @@ class ServerSession:
         cache = self.host.span.new_cache(self.request.start, self.request.end)
         if cache is None:
             raise PeerRefusedError(NO_CACHE, code="model")
-        self._cache = cache
-        self._transcript = Transcript()
+        self._memory = SessionMemory(cache)
         self._capacity = 0
         self._captures: list[tuple[int, torch.Tensor]] = []
         self._parts: asyncio.Queue[_Arrived] = asyncio.Queue()
@@ -199,7 +188,7 @@ class ServerSession:
         plan = self.state.plan(part, tokens=tokens, batch=batch)
         if plan is None:
             return
-        if not self._cache.croppable and any(
+        if not self._memory.cache.croppable and any(
             op.kind == "crop" and 0 < op.count < self.state.length for op in plan.ops
         ):
             raise PartRefusedError("position", "these caches cannot be rolled back; reset them and send all again")
@@ -211,46 +200,55 @@ class ServerSession:
         if plan.new_step:
             self._captures.clear()
         if plan.ops or plan.begin < plan.end:
-            outcome, done = await self._run_plan(arrived, plan)
+            work, done = await self._run_plan(arrived, plan)
             timing = HopTiming(self.host.peer_id, done.queue, done.compute, time.perf_counter() - arrived.at)
-            if outcome.captured is not None:
-                self._captures.append((plan.begin, outcome.captured))
+            if work.captured is not None:
+                self._captures.append((plan.begin, work.captured))
                 captured.append(self._captures[-1])
         else:
             self.state.applied(plan)
         self.state.passed_on(plan)
-        held = self._transcript.window(plan.send_from, plan.send_to)
+        held = self._memory.transcript.window(plan.send_from, plan.send_to)
         await self._out.pass_on(part, plan, held, arrived.tensors, timing, captured)
 
-    async def _run_plan(self, arrived: _Arrived, plan: PartPlan) -> tuple[_Outcome, Done[None]]:
+    async def _run_plan(self, arrived: _Arrived, plan: PartPlan) -> tuple[PartWork, Done[None]]:
         host, peer, tokens = self.host, self.stream.peer, plan.end - plan.begin
         wait = host.quotas.wait_seconds(peer, self.terms)
         if wait:
             await asyncio.sleep(wait)
         host.quotas.spend(peer, self.terms, tokens * plan.batch)
         self._reserve(plan, capture=arrived.part.capture)
-        outcome = _Outcome()
+        work = PartWork(
+            host,
+            self._memory,
+            arrived.part,
+            plan,
+            arrived.tensors,
+            ended=lambda: self._ended,
+            edits=self.edits,
+            adapter=self.adapter,
+        )
         urgency = Urgency.DECODE if tokens * plan.batch <= DECODE_TOKENS else Urgency.PREFILL
         try:
             brief = urgency is Urgency.DECODE and host.step_is_brief
-            done = await host.compute.submit(lambda: self._compute(arrived, plan, outcome), urgency, brief=brief)
+            done = await host.compute.submit_part(work, urgency, peer=peer, session=self.id, brief=brief)
         except BadPeerDataError:
             raise  # found before anything was changed
         except UserInputError as error:
-            if not outcome.applied:
+            if not work.applied or work.started:
                 raise await self._broken(arrived, error) from error
             self.state.applied(plan)  # the span refused the tokens and left its caches alone
             raise PartRefusedError("data", str(error)) from None
         except Exception as error:
             raise await self._broken(arrived, error) from error
         self.state.applied(plan)
-        if outcome.computed:
+        if work.computed:
             self.state.computed(plan)
             host.traffic.note(self.stream.peer, tokens, plan.batch)
             if (self.state.start, self.state.end) == (host.span.start, host.span.end):
                 host.note_step(tokens * plan.batch, done)
-        host.quotas.set_bytes(self.id, outcome.held_bytes + self._captured_bytes())
-        return outcome, done
+        host.quotas.set_bytes(self.id, work.held_bytes + self._captured_bytes())
+        return work, done
 
     async def _broken(self, arrived: _Arrived, error: Exception) -> PeerRefusedError:
         """Caches are filled in some layers and not in others: tell the client, which rebuilds them elsewhere."""
@@ -282,60 +280,6 @@ class ServerSession:
 
     def _captured_bytes(self) -> int:
         return sum(states.numel() * states.element_size() for _, states in self._captures)
-
-    def _compute(self, arrived: _Arrived, plan: PartPlan, outcome: _Outcome) -> None:
-        """In the compute thread. Nothing is changed before everything received has been checked."""
-        if self._ended:
-            return
-        span, part = self.host.span, arrived.part
-        with torch.inference_mode():
-            inputs = None
-            if plan.begin < plan.end:
-                inputs = take_inputs(
-                    arrived.tensors,
-                    self.host.form,
-                    position=part.position,
-                    begin=plan.begin,
-                    positions_from=part.positions_from,
-                )
-            for op in plan.ops:
-                self._apply(op)
-            outcome.applied = True
-            if inputs is not None:
-                output = span.forward(
-                    inputs.hidden.to(span.device),
-                    cache=self._cache,
-                    attention_mask=None if inputs.mask is None else inputs.mask.to(span.device),
-                    position_ids=None if inputs.positions is None else inputs.positions.to(span.device),
-                    start=self.state.start,
-                    end=self.state.end,
-                    carry={index: tensor.to(span.device) for index, tensor in inputs.carry.items()} or None,
-                    collect=part.capture,
-                    edits=self.edits,
-                    adapters=self.adapter,
-                )
-                outputs = {"hidden": output.hidden.to(span.dtype)}
-                outputs.update({f"{CARRY}{index}": tensor for index, tensor in (output.carry or {}).items()})
-                self._transcript.append(outputs)
-                outcome.computed = True
-                if part.capture:
-                    outcome.captured = torch.stack([state.cpu() for state in output.collected or []])
-            outcome.held_bytes = self._cache.nbytes() + self._transcript.nbytes
-
-    def _apply(self, op: CacheOp) -> None:
-        length = self._transcript.length
-        self._transcript.apply(op)
-        if op.kind == "reset" or (op.kind == "crop" and not op.count):
-            self._cache.reset()
-        elif not length:
-            return
-        elif op.kind == "crop":
-            if op.count < length:
-                self._cache.crop(length - op.count)
-        elif op.kind == "select":
-            self._cache.select(op.rows)
-        else:
-            self._cache.repeat(op.count)
 
     def _fail(self, arrived: _Arrived, code: RefusalCode, reason: str, peer: str | None = None) -> None:
         part = arrived.part

@@ -85,7 +85,7 @@ def check_family(name: str, split: int, folder: Path) -> Family:
         family.not_run = f"no tiny config: {size / 1e6:.0f} million parameters"
         return family
     try:
-        plain = _save_plain(config, folder)
+        plain = save_plain(config, folder)
         checkpoint = resolve_checkpoint(folder)
         try:
             split = min(split, checkpoint.num_blocks - 1)
@@ -105,13 +105,18 @@ def check_family(name: str, split: int, folder: Path) -> Family:
     return family
 
 
+def small_enough(config: Any) -> bool:
+    """Whether a family's smallest config is small enough to be run."""
+    return _parameters(config) <= _LARGEST
+
+
 def _parameters(config: Any) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _save_plain(config: Any, folder: Path) -> Any:
+def save_plain(config: Any, folder: Path) -> Any:
     """The plain model, weights large enough for every layer to matter, saved in many shards and loaded again."""
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
