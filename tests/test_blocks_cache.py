@@ -70,14 +70,20 @@ def test_a_growing_cache_holds_what_a_concatenated_one_does(operations, rows) ->
             assert torch.equal(plain.layers[0].values, ours.layers[0].values)
 
 
-def test_storage_doubles_instead_of_being_copied_in_every_step() -> None:
+def test_buffers_grow_by_pages_and_an_eighth_instead_of_in_every_step() -> None:
     cache = full_cache()
-    buffers = set()
-    for _ in range(200):
-        append(cache, 1, 1)
-        buffers.add(cache.layers[0].keys.untyped_storage().data_ptr())
-    assert len(buffers) <= 4  # 32, 64, 128, 256
     assert isinstance(cache.layers[0], GrowingLayer)
+    sizes = []
+    for length in range(1, 1001):
+        append(cache, 1, 1)
+        held = sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers) * 2
+        assert held == cache.nbytes()
+        sizes.append(held)
+        if length >= 256:
+            used = sum(layer.keys.nbytes for layer in cache.layers) * 2
+            assert held <= 1.2 * used
+    assert len(set(sizes)) < 30
+    assert sorted(sizes) == sizes
 
 
 def test_a_crop_moves_nothing() -> None:

@@ -93,11 +93,18 @@ class Joining:
 
 
 class Batcher:
-    """Runs steps on a span, joined where they can be."""
+    """Runs steps on a span, joined where they can be.
+
+    Attributes
+    ----------
+    steps, joined
+        How many were run, and how many of them together with others.
+    """
 
     def __init__(self, span: BlockSpan, joining: Joining | None = None) -> None:
         self.span = span
         self.joining = joining or Joining()
+        self.steps = self.joined = 0
         self._configs = attention_configs(span.model)
         self._implementation = str(span.config._attn_implementation or "eager")
         self._ropes = _length_dependent_ropes(span.model)
@@ -120,6 +127,8 @@ class Batcher:
             key = self.key(step)
             groups.setdefault((index,) if key is None else key, []).append(index)
         for members in groups.values():
+            self.steps += len(members)
+            self.joined += len(members) if len(members) > 1 else 0
             found: Sequence[SpanOutput | Exception]
             try:
                 found = self._run([steps[index] for index in members])
@@ -220,7 +229,7 @@ class Batcher:
 
     def _padded(self, steps: Sequence[SpanStep]) -> list[SpanOutput]:
         device, rows = self.span.device, [step.rows for step in steps]
-        cache = PaddedCache([step.cache for step in steps], rows, steps[0].tokens)
+        cache = PaddedCache([step.cache for step in steps], rows)
         ends = torch.tensor(rows).cumsum(0).tolist()
         places = list(zip([0, *ends[:-1]], ends, strict=True))
         longest = cache.length + steps[0].tokens

@@ -112,9 +112,9 @@ class PaddedCache(_JoinedCache):
     `finish`.
     """
 
-    def __init__(self, caches: Sequence[SpanCache], rows: Sequence[int], tokens: int) -> None:
+    def __init__(self, caches: Sequence[SpanCache], rows: Sequence[int]) -> None:
         super().__init__(caches)
-        self._rows, self._tokens = list(rows), tokens
+        self._rows, self._cuts = list(rows), _ends(rows)[:-1]
         self.layers = [
             _joined_states(layers) if is_recurrent(layers[0]) else layers[0]
             for layers in zip(*(cache.layers for cache in caches), strict=True)
@@ -142,7 +142,8 @@ class PaddedCache(_JoinedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        parts = zip(self._caches, key_states.split(self._rows), value_states.split(self._rows), strict=True)
+        keys, values = key_states.tensor_split(self._cuts), value_states.tensor_split(self._cuts)
+        parts = zip(self._caches, keys, values, strict=True)
         pairs = [cache.update(key, value, layer_idx, *args, **kwargs) for cache, key, value in parts]
         return _left_padded([key for key, _ in pairs]), _left_padded([value for _, value in pairs])
 

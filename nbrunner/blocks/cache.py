@@ -13,11 +13,22 @@ from transformers import DynamicCache
 from ..errors import UserInputError
 from .compat import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
-_FIRST_CAPACITY = 32
+PAGE_TOKENS = 16
+"""Buffers are whole pages of so many tokens."""
+
+SPARE_SHARE = 8
+"""And have room for one token in so many more than they hold. A token is then copied about eight times as a session
+grows, which is nothing beside the attention that reads all of them in every step; buffers that double would be half
+empty half the time."""
+
+
+def buffer_tokens(needed: int) -> int:
+    """For how many tokens a buffer is made that has to hold so many."""
+    return -(-(needed + needed // SPARE_SHARE) // PAGE_TOKENS) * PAGE_TOKENS
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one full-attention layer in buffers that double.
+    """Keys and values of one full-attention layer in buffers that grow page by page.
 
     transformers' own layer concatenates, so every decode step copies the whole cache; here a step writes its tokens
     and a rollback changes a number (measured: 0-15 % of a decode step at 512 tokens, growing with the context).
@@ -52,10 +63,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         needed = self._used + key_states.shape[-2]
         if self._keys is None or self._values is None:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            capacity = max(needed, _FIRST_CAPACITY)
+            capacity = buffer_tokens(needed)
             self._keys, self._values = _resized(key_states, 0, capacity), _resized(value_states, 0, capacity)
         elif needed > self._keys.shape[-2]:
-            capacity = max(needed, 2 * self._keys.shape[-2])
+            capacity = buffer_tokens(needed)
             self._keys = _resized(self._keys, self._used, capacity)
             self._values = _resized(self._values, self._used, capacity)
         self._keys[:, :, self._used : needed] = key_states

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nbrunner.blocks.adapters import SpanAdapter
+from nbrunner.blocks.cache import buffer_tokens
 from nbrunner.blocks.edits import Edits
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
 from nbrunner.protocol.credentials import Terms
@@ -261,8 +262,7 @@ class ServerSession:
 
     def _reserve(self, plan: PartPlan, *, capture: bool) -> None:
         """Count the bytes a part will need before they are allocated."""
-        grown = max(plan.end, 2 * self._capacity, 64)
-        capacity = grown if plan.end > self._capacity else self._capacity
+        capacity = buffer_tokens(plan.end) if plan.end > self._capacity else self._capacity
         share = (self.state.end - self.state.start) / (self.host.span.end - self.host.span.start)
         per_token = self.host.speed.cache_bytes_per_token * share + self.host.form.token_bytes
         wanted = int((self.host.speed.cache_bytes_fixed * share + per_token * capacity) * plan.batch)

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
+from nbrunner.blocks.cache import buffer_tokens
 from nbrunner.protocol.messages import CacheOp
-
-_LEAST_TOKENS = 64
 
 
 class Transcript:
     """Tensors [batch, length, ...] by name (``hidden``, ``carry.N``) in memory of the host.
 
-    The buffers double as they grow, so that a token costs itself and not the session's length. Appending never
-    writes before ``length``: a slice on its way to the network stays what it is.
+    The buffers grow as those of the caches do, so that a token costs itself and not the session's length. Appending
+    never writes before ``length``: a slice on its way to the network stays what it is.
     """
 
     def __init__(self) -> None:
@@ -64,8 +63,7 @@ class Transcript:
         old = self._buffers.get(name)
         if old is not None and old.shape[1] >= end:
             return old
-        capacity = max(end, _LEAST_TOKENS, 2 * self.length)
-        new = torch.empty((like.shape[0], capacity, *like.shape[2:]), dtype=like.dtype)
+        new = torch.empty((like.shape[0], buffer_tokens(end), *like.shape[2:]), dtype=like.dtype)
         if old is not None and self.length:
             new[:, : self.length] = old[:, : self.length]
         self._buffers[name] = new
