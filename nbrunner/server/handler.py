@@ -294,7 +294,7 @@ class Handler:
                 return _packed(output, span.dtype), None
             return _packed(kept.output, span.dtype), kept
 
-        (answer, kept), timing = await self._compute(run, began)
+        (answer, kept), timing = await self._compute(run, began, stream.peer)
         name = None
         if kept is None:
             store.too_much(work)
@@ -313,7 +313,7 @@ class Handler:
             grad, grad_carry = take_gradients(tensors, self.host.form, (batch, tokens))
             return self._answered(stream.peer, message, kept.backward(grad, grad_carry or None))
 
-        (answer, summed), timing = await self._compute(run, began)
+        (answer, summed), timing = await self._compute(run, began, stream.peer)
         await stream.send(BackwardResult(timing, summed), self._fitting(answer))
 
     def _answered(self, peer: str, message: Backward, found: SpanGradient) -> tuple[list[RawTensor], bool]:
