@@ -96,7 +96,7 @@ def test_bytes_are_counted_with_the_reserve() -> None:
     cache = full_cache()
     assert cache.nbytes() == 0
     append(cache, 3, 2)
-    assert cache.nbytes() == 2 * 2 * 32 * (4 + 6) * 4
+    assert cache.nbytes() == 2 * 2 * 16 * (4 + 6) * 4
     assert cache.batch_rows == 2
 
 

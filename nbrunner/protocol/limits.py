@@ -39,6 +39,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
         Bytes of KV caches and transcripts over all sessions of the server.
     pending_parts
         Parts of steps one session may have waiting.
+    waiting, wait_seconds
+        Sessions of one peer that may wait for memory at a time, and for how long; over all peers sixteen times as
+        many.
     adapter_rank
         Highest rank of a low-rank change.
     adapter_bytes
@@ -56,6 +59,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     sessions: int = 32
     cache_bytes: int = 4 << 30
     pending_parts: int = 256
+    waiting: int = 4
+    wait_seconds: float = 60.0
     adapter_rank: int = 256
     adapter_bytes: int = 256 << 20
     prompt_tokens: int = 4096

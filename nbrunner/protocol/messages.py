@@ -264,6 +264,7 @@ class OpenSession(Message, frozen=True):
     if only the client does. ``edits`` (tensors ``edit.N``) are made and ``adapter`` is used at every step of the
     session. ``in_8bit``: hidden states may go out with 8 bits a number (to the client, and to a next server that
     has the feature ``8bit``), as they may come in at any time.
+    With ``wait`` the client waits for room (`Queued`) where it would be refused with ``full``.
     """
 
     session: _Id
@@ -274,6 +275,17 @@ class OpenSession(Message, frozen=True):
     edits: _Edits = []
     adapter: AdapterUse | None = None
     in_8bit: bool = False
+    wait: bool = False
+
+
+class Queued(Message, frozen=True):
+    """There is no room now: the session, or its step, waits at ``place``, for about ``seconds`` if that can be said.
+
+    Said again every two seconds at least, until the answer comes; that may be a refusal with ``full``.
+    """
+
+    place: _Number
+    seconds: _Seconds | None = None
 
 
 class SessionOpened(Message, frozen=True):
@@ -645,6 +657,7 @@ AnyMessage = (
     | Welcome
     | Refused
     | OpenSession
+    | Queued
     | SessionOpened
     | Relink
     | Relinked
