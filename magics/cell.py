@@ -81,11 +81,13 @@ class CellHandle(Handle[Any]):
         if self._run is None:
             return "preparing"
         if not self.items:
-            return " · ".join(["waiting for the first token", *[str(one) for one in self.reroutes[-1:]]])
+            lines = [self._run.queued or "waiting for the first token", *map(str, self.reroutes[-1:])]
+            return " · ".join(lines)
         timings = self._run.progress()
         speed = f" · {timings.tokens_per_second:.0f} tok/s" if timings.tokens_per_second else ""
         lost = self.reroutes
-        return " · ".join([f"{len(self.items)} tokens{speed}", *[str(one) for one in lost[-1:]]])
+        queued = [self._run.queued] if self._run.queued else []
+        return " · ".join([f"{len(self.items)} tokens{speed}", *queued, *map(str, lost[-1:])])
 
     def __repr__(self) -> str:
         state = "stopped" if self.future.cancelled() else "done" if self.done else "running"

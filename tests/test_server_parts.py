@@ -113,26 +113,23 @@ def test_quotas_count_sessions_bytes_and_rates_by_peer() -> None:
     now = [0.0]
     quotas = Quotas(Limits(sessions=3, cache_bytes=1000), clock=lambda: now[0])
     strict = Terms(max_sessions=1, tokens_per_second=1.0)
-    quotas.open_session("a", strict, bytes_needed=0)
+    quotas.open_session("a", strict)
     with pytest.raises(PeerRefusedError, match="1 sessions") as refusal:
-        quotas.open_session("a", strict, bytes_needed=0)
+        quotas.open_session("a", strict)
     assert refusal.value.code == "limit"
     for _ in range(3):
-        quotas.open_session("b", Terms(max_sessions=9), bytes_needed=0)
+        quotas.open_session("b", Terms(max_sessions=9))
     with pytest.raises(PeerRefusedError, match="may have 3"):  # an invite cannot allow more than the server
-        quotas.open_session("b", Terms(max_sessions=9), bytes_needed=0)
+        quotas.open_session("b", Terms(max_sessions=9))
     assert quotas.sessions == 4
     quotas.set_bytes("s", 900)
     assert quotas.room_for("s", 1000)
     assert not quotas.room_for("t", 101)
-    with pytest.raises(PeerRefusedError) as refusal:
-        quotas.open_session("c", Terms(), bytes_needed=101)
-    assert refusal.value.code == "full"
-    assert refusal.value.retry_after
+    assert (quotas.bytes_of("s"), quotas.bytes_left) == (900, 100)
     quotas.set_bytes("s", 0)
     quotas.close_session("a")
     assert quotas.bytes_left == 1000
-    quotas.open_session("a", strict, bytes_needed=101)
+    quotas.open_session("a", strict)
 
     assert quotas.wait_seconds("a", Terms()) == 0  # no rate in the terms: none is kept
     quotas.spend("a", strict, 10 + int(LONGEST_WAIT) - 1)

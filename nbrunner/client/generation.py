@@ -193,6 +193,11 @@ class GenerationRun:
         return str(self._facts["uid"]) if self._connection is not None else ""
 
     @property
+    def queued(self) -> str:
+        """Where it waits for a server's memory just now, with place and estimate; empty if it does not."""
+        return str(getattr(self._running, "queued", ""))
+
+    @property
     def reroutes(self) -> tuple[Reroute, ...]:
         """Who failed so far and who took over, in the middle of a step too."""
         lost = list(getattr(self._running, "lost", ()))[self._lost_before :]

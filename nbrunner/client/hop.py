@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, PeerUnreachableError
@@ -16,6 +16,7 @@ from nbrunner.protocol.messages import (
     OpenSession,
     Ping,
     Pong,
+    Queued,
     Refused,
     Relink,
     Relinked,
@@ -62,9 +63,18 @@ class HopStream:
 
     @classmethod
     async def open(
-        cls, node: Node, peer: str, request: OpenSession, inbox: Inbox, tensors: Sequence[RawTensor] = ()
+        cls,
+        node: Node,
+        peer: str,
+        request: OpenSession,
+        inbox: Inbox,
+        tensors: Sequence[RawTensor] = (),
+        on_queued: Callable[[str, Queued], None] = lambda _peer, _place: None,
     ) -> HopStream:
         """Open a session on a server; ``tensors`` are those of its edits.
+
+        If the request says that it waits, it may wait for room as long as the server allows; ``on_queued`` is then
+        called with the place, again and again.
 
         Raises
         ------
@@ -73,8 +83,12 @@ class HopStream:
         stream = await node.open_stream(peer)
         try:
             await stream.send(request, tensors)
-            async with asyncio.timeout(10):
-                answer, _ = await stream.receive()
+            while True:
+                async with asyncio.timeout(10):
+                    answer, _ = await stream.receive()
+                if not (isinstance(answer, Queued) and request.wait):
+                    break
+                on_queued(peer, answer)
             if isinstance(answer, Refused):
                 raise PeerRefusedError(answer.reason, peer=peer, code=answer.code, retry_after=answer.retry_after)
             if not isinstance(answer, SessionOpened) or answer.session != request.session:

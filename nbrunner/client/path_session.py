@@ -75,6 +75,12 @@ class PathSession:
         return [hop for session in self._sessions.values() for hop in session.chain]
 
     @property
+    def queued(self) -> str:
+        """Where it waits for servers' memory just now, in words."""
+        told = (getattr(session, "queued", "") for session in self._sessions.values())
+        return " · ".join(line for line in told if line)
+
+    @property
     def lost(self) -> list[tuple[str, str]]:
         """(PeerID, why) of every server that failed."""
         return [one for session in self._sessions.values() for one in getattr(session, "lost", ())]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nbrunner.protocol.identity import short_peer
+from nbrunner.protocol.messages import Queued
 
 _WHY_CHARACTERS = 100
 
@@ -41,6 +42,24 @@ class Reroute:
             return f"{lost}; looking for another" if blocks else lost
         others = ", ".join(f"{short_peer(peer)} [{start}, {end})" for peer, start, end in self.replaced_by)
         return f"{lost}; {others} took over"
+
+
+def queued_in_words(places: Mapping[str, tuple[Queued, float]], now: float) -> str:
+    """Where a session waits for room.
+
+    Parameters
+    ----------
+    places
+        By PeerID, what the server said last, and when.
+    now
+        By the same clock.
+    """
+    told = []
+    for peer, (queued, at) in places.items():
+        line = f"waiting for room on {short_peer(peer)}, place {queued.place}"
+        left = None if queued.seconds is None else queued.seconds - (now - at)
+        told.append(line if left is None else f"{line}, about {max(left, 1):.0f} s")
+    return " · ".join(told)
 
 
 def reroutes(

@@ -26,6 +26,7 @@ from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.history import History, Snapshot
 from nbrunner.client.hop import Arrival, HopStream, Inbox
 from nbrunner.client.journal import ChainHop, Journal, PendingStep, Segment
+from nbrunner.client.reroute import queued_in_words
 from nbrunner.client.travel import Receiver, StepOutput, send_segment
 from nbrunner.errors import (
     BadPeerDataError,
@@ -36,7 +37,7 @@ from nbrunner.errors import (
     SessionError,
 )
 from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.messages import CacheOp, Draining, HopTiming, OpenSession, Refused, StepFailed
+from nbrunner.protocol.messages import CacheOp, Draining, HopTiming, OpenSession, Queued, Refused, StepFailed
 from nbrunner.swarm.directory import SwarmView
 from nbrunner.swarm.routing import PlannedHop, plan_chain
 
@@ -47,6 +48,9 @@ PING_SECONDS = 2.0
 
 FIRST_CHECK_SECONDS = 1.0
 """How long a step may take before the hops are pinged; longer if the last ones took longer."""
+
+QUEUE_AVOID_SECONDS = 5.0
+"""How long a server that made a step wait for memory is left alone when another has room."""
 
 RESERVE_TOKENS = 256
 """Room a server should have beyond the tokens known, when a chain is chosen."""
@@ -139,6 +143,8 @@ class ChainSession:
         self._lock = asyncio.Lock()
         self._attempts = itertools.count(1)
         self._avoid: dict[str, float] = {}
+        self._full: set[str] = set()
+        self._queued: dict[str, tuple[Queued, float]] = {}
         self._broken: set[tuple[str, str]] = set()
         self._step_seconds = 0.0
 
@@ -163,6 +169,11 @@ class ChainSession:
     def chain(self) -> list[tuple[str, int, int]]:
         """(PeerID, start, end) of each hop, in order; empty before the first step."""
         return [(hop.peer, hop.start, hop.end) for hop in self._journal.hops]
+
+    @property
+    def queued(self) -> str:
+        """Where it waits for room just now, in words; empty if it does not."""
+        return queued_in_words(self._queued, time.monotonic())
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -213,6 +224,7 @@ class ChainSession:
                 for hop in self._journal.abort():
                     await self._discard(hop.session)
                 raise
+            self._queued.clear()
             self._journal.commit()
             self._before = before
             self.stats.steps += 1
@@ -341,6 +353,12 @@ class ChainSession:
         if isinstance(message, Draining):
             hop.draining = True
             return False
+        if isinstance(message, Queued):
+            self._note_place(hop.peer, message)
+            if self._somebody_else_for(hop):
+                reason = f"waits for memory at place {message.place}"
+                raise self._refusal(hop, "full", reason, QUEUE_AVOID_SECONDS)
+            return True
         if isinstance(message, Refused):
             raise self._refusal(hop, message.code, message.reason, message.retry_after)
         if isinstance(message, StepFailed):
@@ -374,6 +392,8 @@ class ChainSession:
         error = PeerRefusedError(reason, peer=hop.peer, code=code, retry_after=retry_after)
         if code in ("limit", "credential", "role", "version"):
             return _Failure(error, hop, at_fault=False)
+        if code == "full":
+            self._full.add(hop.peer)
         if code in ("full", "draining"):
             return _Failure(error, hop, avoid_seconds=retry_after or 2.0)
         return _Failure(error, hop)
@@ -429,6 +449,31 @@ class ChainSession:
         self._journal.drop(hop.session)
         await self._discard(hop.session)
 
+    def _note_place(self, peer: str, place: Queued) -> None:
+        self._queued[peer] = (place, time.monotonic())
+
+    def _somebody_else_for(self, hop: HopStream) -> bool:
+        """Whether others could take a hop's blocks, as far as we know, and did not say that they are full."""
+        entry = next((one for one in self._journal.hops if one.session == hop.session), None)
+        if entry is None:
+            return False
+        now = time.monotonic()
+        avoid = {peer for peer, until in self._avoid.items() if until > now}
+        try:
+            plan_chain(
+                self._directory.view,
+                model=self.model,
+                start=entry.start,
+                end=entry.end,
+                allowed=self.options.allowed_peers,
+                blocked=self.options.blocked_peers,
+                exclude=frozenset({hop.peer} | avoid | self._full),
+                cache_tokens=(self._journal.length + RESERVE_TOKENS) * max(self._history.batch, 1),
+            )
+        except MissingBlocksError:
+            return False
+        return True
+
     async def _discard(self, session: str) -> None:
         hop = self._hops.pop(session, None)
         if hop is not None:
@@ -472,21 +517,23 @@ class ChainSession:
             nonlocal missing
             now = time.monotonic()
             avoid = {peer for peer, until in self._avoid.items() if until > now}
-            try:
-                return plan_chain(
-                    view,
-                    model=self.model,
-                    start=start,
-                    end=end,
-                    allowed=self.options.allowed_peers,
-                    blocked=self.options.blocked_peers,
-                    exclude=frozenset(avoid),
-                    adapter=self._adapter.uid if self._adapter is not None else "",
-                    cache_tokens=(pending.end + RESERVE_TOKENS) * max(self._history.batch, 1),
-                )
-            except MissingBlocksError as error:
-                missing = error
-                return None
+            # where nobody else is left, those that are full are asked again, and waited for
+            for exclude in (avoid, avoid - self._full) if avoid & self._full else (avoid,):
+                try:
+                    return plan_chain(
+                        view,
+                        model=self.model,
+                        start=start,
+                        end=end,
+                        allowed=self.options.allowed_peers,
+                        blocked=self.options.blocked_peers,
+                        exclude=frozenset(exclude),
+                        adapter=self._adapter.uid if self._adapter is not None else "",
+                        cache_tokens=(pending.end + RESERVE_TOKENS) * max(self._history.batch, 1),
+                    )
+                except MissingBlocksError as error:
+                    missing = error
+            return None
 
         plan = possible(self._directory.view)
         while plan is None:
@@ -517,20 +564,29 @@ class ChainSession:
     async def _open_hop(self, hop: ChainHop, upstream: str | None) -> HopStream:
         ops, vectors = self._edits.packed(hop.start, hop.end)
         request = OpenSession(
-            hop.session, self.model, hop.start, hop.end, upstream, ops, in_8bit=self.options.in_8bit
+            hop.session,
+            self.model,
+            hop.start,
+            hop.end,
+            upstream,
+            ops,
+            in_8bit=self.options.in_8bit,
+            wait=hop.peer in self._full,
         )
         node = self._connection.node
         if self._adapter is None or self._sender is None:
-            return await HopStream.open(node, hop.peer, request, self._inbox, vectors)
+            return await HopStream.open(node, hop.peer, request, self._inbox, vectors, self._note_place)
         try:
             return await HopStream.open(
-                node, hop.peer, await self._with_adapter(hop, request), self._inbox, vectors
+                node, hop.peer, await self._with_adapter(hop, request), self._inbox, vectors, self._note_place
             )
         except PeerRefusedError as error:
             if error.code != "adapter":
                 raise
             self._sender.forget(hop.peer)
-        return await HopStream.open(node, hop.peer, await self._with_adapter(hop, request), self._inbox, vectors)
+        return await HopStream.open(
+            node, hop.peer, await self._with_adapter(hop, request), self._inbox, vectors, self._note_place
+        )
 
     async def _with_adapter(self, hop: ChainHop, request: OpenSession) -> OpenSession:
         assert self._sender is not None  # noqa: S101 - looked at by `_open_hop`
@@ -546,14 +602,21 @@ class ChainSession:
         )
         fatal: BaseException | None = None
         for hop, result in zip(new, results, strict=True):
+            self._queued.pop(hop.peer, None)
+            waited = hop.peer in self._full
             if isinstance(result, HopStream):
+                self._full.discard(hop.peer)
                 self._hops[hop.session] = result
                 self._journal.croppable = all(one.croppable for one in self._hops.values())
                 if self.stats.steps:
                     self.stats.rebuilt += 1
                 continue
             self._journal.drop(hop.session)
-            if isinstance(result, PeerRefusedError) and result.code in ("full", "draining", "limit"):
+            if isinstance(result, PeerRefusedError) and result.code == "full" and waited:
+                fatal = result  # all others were asked before, and this one was waited for
+            elif isinstance(result, PeerRefusedError) and result.code in ("full", "draining", "limit"):
+                if result.code == "full":
+                    self._full.add(hop.peer)
                 self._avoid[hop.peer] = time.monotonic() + (result.retry_after or 2.0)
                 self.stats.lost.append((hop.peer, str(result)))
             elif isinstance(result, PeerRefusedError) and result.code in ("credential", "role", "version"):

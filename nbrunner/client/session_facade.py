@@ -116,6 +116,11 @@ class Session:
         return self._cache.last_step
 
     @property
+    def queued(self) -> str:
+        """Where it waits for a server's memory just now, with place and estimate; empty if it does not."""
+        return str(getattr(self._cache.session, "queued", ""))
+
+    @property
     def lost(self) -> list[tuple[str, str]]:
         """(PeerID, why) of every server that failed this session so far, oldest first; also during a step."""
         return list(getattr(self._cache.session, "lost", ()))

@@ -221,6 +221,11 @@ class SwarmSession:
         return self.chain_session.croppable
 
     @property
+    def queued(self) -> str:
+        """Where it waits for a server's memory just now, in words."""
+        return self.chain_session.queued
+
+    @property
     def lost(self) -> list[tuple[str, str]]:
         """(PeerID, why) of every server that failed, oldest first."""
         return list(self.chain_session.stats.lost)

@@ -34,6 +34,7 @@ FEATURES: tuple[str, ...] = (
     "8bit",
     "named adapters",
     "sums",
+    "queue",
 )
 """Optional abilities of this version, exchanged in `Hello` and `Welcome`."""
 
@@ -279,7 +280,7 @@ class OpenSession(Message, frozen=True):
 
 
 class Queued(Message, frozen=True):
-    """There is no room now: the session, or its step, waits at ``place``, for about ``seconds`` if that can be said.
+    """No room now: the session, or its step, waits at ``place``, for about ``seconds`` if that can be said.
 
     Said again every two seconds at least, until the answer comes; that may be a refusal with ``full``.
     """

@@ -38,6 +38,7 @@ from nbrunner.protocol.messages import (
     Ping,
     Pong,
     PutAdapter,
+    Queued,
     Step,
     SummedGradients,
     TakeSum,
@@ -71,7 +72,7 @@ class Handler:
 
     def __init__(self, host: Host, record: Callable[[], ServerRecord], on_change: Callable[[], None]) -> None:
         self.host = host
-        self.sessions: dict[str, ServerSession] = {}
+        self.sessions: dict[str, ServerSession] = host.sessions
         self.draining = False
         self.paused = False
         self.empty = asyncio.Event()
@@ -124,9 +125,10 @@ class Handler:
             raise PeerRefusedError("a session with this id is open here; choose another id", code="session")
         quotas, terms = self.host.quotas, stream.terms or Terms()
         adapter = self.host.adapters.use(request.adapter, request.start, request.end)
-        quotas.open_session(stream.peer, terms, bytes_needed=self._least_bytes(request))
+        quotas.open_session(stream.peer, terms)
         self.host.adapters.pin(request.adapter)
         try:
+            await self._first_room(stream, request)
             session = ServerSession(self.host, stream, request, self._session_edits(request, tensors), adapter)
             self.sessions[session.id] = session
             self.empty.clear()
@@ -144,9 +146,22 @@ class Handler:
             if not self.sessions:
                 self.empty.set()
             quotas.close_session(stream.peer)
+            quotas.set_bytes(request.session, 0)
+            self.host.room.freed()
             self.host.adapters.unpin(request.adapter)
             self._on_change()
             logger.info("session %s closed", request.session[:8])
+
+    async def _first_room(self, stream: Stream, request: OpenSession) -> None:
+        """Memory for a short session, so that nobody is let in who could not make a step."""
+
+        async def tell(place: int, seconds: float | None) -> None:
+            await stream.send(Queued(place, seconds))
+
+        wanted = self._least_bytes(request)
+        await self.host.room.reserve(stream.peer, request.session, wanted, tell if request.wait else None)
+        if request.session in self.sessions:
+            raise PeerRefusedError("a session with this id is open here; choose another id", code="session")
 
     def _least_bytes(self, request: OpenSession) -> int:
         share = (request.end - request.start) / (self.host.span.end - self.host.span.start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,7 @@ from nbrunner.server.sums import GradientSums
 from nbrunner.server.scheduler import Scheduler
 from nbrunner.server.stepping import run_parts
 from nbrunner.server.traffic import Traffic
+from nbrunner.server.waiting_room import WaitingRoom
 
 if TYPE_CHECKING:
     from nbrunner.swarm.node import Node
@@ -82,6 +83,8 @@ class Host:
     accepts_adapters: bool = False
     batcher: Batcher = field(default=None)  # type: ignore[assignment]
     quotas: Quotas = field(init=False)
+    room: WaitingRoom = field(init=False)
+    sessions: dict[str, Any] = field(default_factory=dict, init=False)
     adapters: AdapterStore = field(init=False)
     served: ServedAdapters = field(init=False)
     kept: KeptPasses = field(init=False)
@@ -97,6 +100,7 @@ class Host:
         self.compute.serve_parts(lambda chosen: run_parts(self, chosen))
         self.compute.scheduler = scheduler_for(self.span, self.speed)
         self.quotas = Quotas(self.limits)
+        self.room = WaitingRoom(self.quotas, self.limits, lambda: self.sessions.values())
         self.adapters = AdapterStore(self.limits)
         self.served = ServedAdapters(
             self.adapters,

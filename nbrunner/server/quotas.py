@@ -65,20 +65,14 @@ class Quotas:
     def sessions(self) -> int:
         return sum(self._sessions.values())
 
-    def open_session(self, peer: str, terms: Terms, *, bytes_needed: int) -> None:
-        """Count a session of a peer; `PeerRefusedError` if it has too many, or there is no room for another."""
+    def open_session(self, peer: str, terms: Terms) -> None:
+        """Count a session of a peer; `PeerRefusedError` if it has too many. Its memory is for `WaitingRoom`."""
         allowed = min(self.limits.sessions, terms.max_sessions or self.limits.sessions)
         held = self._sessions.get(peer, 0)
         if held >= allowed:
             raise PeerRefusedError(
                 f"you have {held} sessions open here and may have {allowed}; close one first",
                 code="limit",
-                retry_after=RETRY_FULL,
-            )
-        if bytes_needed > self.bytes_left:
-            raise PeerRefusedError(
-                f"no room for another session now: {self.bytes_left} of {self.limits.cache_bytes} bytes are left",
-                code="full",
                 retry_after=RETRY_FULL,
             )
         self._sessions[peer] = held + 1
@@ -96,6 +90,10 @@ class Quotas:
             self._bytes[holder] = used
         else:
             self._bytes.pop(holder, None)
+
+    def bytes_of(self, holder: Hashable) -> int:
+        """What is counted for a holder."""
+        return self._bytes.get(holder, 0)
 
     def room_for(self, holder: Hashable, wanted: int) -> bool:
         """Whether a holder could have ``wanted`` bytes in all."""

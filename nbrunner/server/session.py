@@ -25,6 +25,7 @@ from nbrunner.protocol.messages import (
     OpenSession,
     Ping,
     Pong,
+    Queued,
     RefusalCode,
     Relink,
     Relinked,
@@ -101,6 +102,7 @@ class ServerSession:
         self._captures: list[tuple[int, torch.Tensor]] = []
         self._parts: asyncio.Queue[_Arrived] = asyncio.Queue()
         self._busy = False
+        self._last_step = time.perf_counter()
         blocks = (self.request.start, self.request.end)
         self._out = Outgoing(self.host.node, self.stream, self.id, blocks, in_8bit=self.request.in_8bit)
         self._ended = False
@@ -126,6 +128,7 @@ class ServerSession:
                 stream.close()
             self._captures.clear()
             self.host.quotas.set_bytes(self.id, 0)
+            self.host.room.freed()
 
     async def _read(self) -> None:
         while True:
@@ -177,6 +180,7 @@ class ServerSession:
                 self._fail(arrived, "limit", str(refusal))
             finally:
                 self._busy = False
+                self._last_step = time.perf_counter()
 
     async def _take_part(self, arrived: _Arrived) -> None:
         part = arrived.part
@@ -218,7 +222,7 @@ class ServerSession:
         if wait:
             await asyncio.sleep(wait)
         host.quotas.spend(peer, self.terms, tokens * plan.batch)
-        self._reserve(plan, capture=arrived.part.capture)
+        await self._reserve(plan, capture=arrived.part.capture)
         work = PartWork(
             host,
             self._memory,
@@ -260,8 +264,12 @@ class ServerSession:
         await self._out.tell_now(StepFailed(arrived.part.step, arrived.part.attempt, code, reason))
         return _SessionBrokenError(reason, code=code)
 
-    def _reserve(self, plan: PartPlan, *, capture: bool) -> None:
-        """Count the bytes a part will need before they are allocated."""
+    async def _reserve(self, plan: PartPlan, *, capture: bool) -> None:
+        """Have the bytes that a part will need counted before they are allocated; waits for them if it must.
+
+        A session that holds nothing yet, and whose client did not say that it waits, is refused instead: it is as
+        well off on another server.
+        """
         capacity = buffer_tokens(plan.end) if plan.end > self._capacity else self._capacity
         share = (self.state.end - self.state.start) / (self.host.span.end - self.host.span.start)
         per_token = self.host.speed.cache_bytes_per_token * share + self.host.form.token_bytes
@@ -270,13 +278,40 @@ class ServerSession:
             blocks = self.state.end - self.state.start
             tokens = (plan.end - plan.begin) * plan.batch
             wanted += self._captured_bytes() + blocks * tokens * self.host.form.token_bytes
-        if not self.host.quotas.room_for(self.id, wanted):
-            raise PartRefusedError(
-                "full",
-                f"no room for {plan.end} tokens × {plan.batch} rows: {self.host.quotas.bytes_left} bytes are left",
-            )
+        if wanted > self.host.quotas.bytes_of(self.id):
+            begun = self.state.length > 0
+            tell = self._tell_place if begun or self.request.wait else None
+            try:
+                await self.host.room.reserve(self.stream.peer, self.id, wanted, tell, growing=begun)
+            except PeerRefusedError as refusal:
+                rows = f" × {plan.batch} rows" if plan.batch > 1 else ""
+                raise PartRefusedError("full", f"{plan.end} tokens{rows}: {refusal}") from None
+        else:
+            self.host.quotas.set_bytes(self.id, wanted)
         self._capacity = capacity
-        self.host.quotas.set_bytes(self.id, wanted)
+
+    async def _tell_place(self, place: int, seconds: float | None) -> None:
+        await self._out.tell_now(Queued(place, seconds))
+
+    # -- its memory, when others want it -------------------------------------------------------------------------
+
+    @property
+    def idle_seconds(self) -> float:
+        """Since its last step; 0 while it has one, or holds nothing that could be dropped."""
+        if self._busy or not self._parts.empty() or not self.state.length:
+            return 0.0
+        return time.perf_counter() - self._last_step
+
+    def drop(self) -> None:
+        """Forget caches and transcript. The client's next step is refused, and rebuilds them from its journal."""
+        logger.info("session %s: idle for %.0f s, dropped to make room", self.id[:8], self.idle_seconds)
+        cache = self.host.span.new_cache(self.request.start, self.request.end)
+        if cache is not None:
+            self._memory = SessionMemory(cache)
+        self._captures.clear()
+        self._capacity = 0
+        self.state.dropped()
+        self.host.quotas.set_bytes(self.id, 0)
 
     def _captured_bytes(self) -> int:
         return sum(states.numel() * states.element_size() for _, states in self._captures)

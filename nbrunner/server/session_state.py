@@ -71,6 +71,8 @@ class SessionState:
         The last ones seen.
     sent
         How far the transcript has been passed on in this attempt.
+    was_dropped
+        It was idle, and its memory was wanted.
     """
 
     start: int
@@ -83,6 +85,7 @@ class SessionState:
     step: int = 0
     attempt: int = 0
     sent: int = 0
+    was_dropped: bool = False
     _failed: tuple[int, int] = (0, 0)
 
     def plan(self, part: Step, *, tokens: int, batch: int) -> PartPlan | None:
@@ -102,6 +105,10 @@ class SessionState:
         ops = tuple(part.ops) if new_step and not me.rebuild else ()
         length, held_batch = after_ops(self.length, self.batch, ops, max_batch=self.max_batch)
         # a new step of a hop that holds something else than its client believes would be silently wrong (rule 2)
+        if self.was_dropped and part.position > length:
+            raise PartRefusedError(
+                "position", "this session was idle and was dropped when others needed its memory"
+            )
         if part.position > length or (new_step and me.position != length):
             believed = me.position if new_step else part.position
             raise PartRefusedError(
@@ -126,6 +133,11 @@ class SessionState:
             new_step=new_step,
             new_attempt=new_attempt,
         )
+
+    def dropped(self) -> None:
+        """Caches and transcript have been given up: nothing is held any more."""
+        self.length = self.batch = self.sent = 0
+        self.was_dropped = True
 
     def applied(self, plan: PartPlan) -> None:
         """The ops of a plan have been applied to caches and transcript."""

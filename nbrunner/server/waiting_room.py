@@ -76,11 +76,15 @@ class WaitingRoom:
     def waiting(self) -> int:
         return len(self._entries)
 
-    async def reserve(self, peer: str, holder: Hashable, wanted: int, tell: Tell, *, growing: bool) -> None:
+    async def reserve(
+        self, peer: str, holder: Hashable, wanted: int, tell: Tell | None = None, *, growing: bool = False
+    ) -> None:
         """Have ``wanted`` bytes in all counted for a holder, waiting for them if it must.
 
         Parameters
         ----------
+        tell
+            Is told of the waiting; without it, it is refused rather than waited for.
         growing
             A session that is under way; goes before those that have not begun, and the memory they would take.
 
@@ -99,6 +103,12 @@ class WaitingRoom:
         if self._is_next(entry) and self._make_room(entry):
             self._quotas.set_bytes(holder, wanted)
             return
+        if tell is None:
+            raise PeerRefusedError(
+                f"no room for {wanted} bytes now: {self._quotas.bytes_left} of {self._limits.cache_bytes} are left",
+                code="full",
+                retry_after=RETRY_FULL,
+            )
         self._admit(entry)
         self._entries.append(entry)
         self._entries.sort(key=lambda one: not one.growing)
