@@ -149,7 +149,7 @@ class SessionState:
     def computed(self, plan: PartPlan) -> None:
         """The tokens of a plan are in the caches and in the transcript."""
         if plan.end > plan.begin:
-            self.length, self.batch = plan.end, plan.batch
+            self.length, self.batch, self.was_dropped = plan.end, plan.batch, False
 
     def passed_on(self, plan: PartPlan) -> None:
         """The transcript has been handed to the next hop as the plan says."""
