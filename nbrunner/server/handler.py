@@ -153,13 +153,17 @@ class Handler:
             logger.info("session %s closed", request.session[:8])
 
     async def _first_room(self, stream: Stream, request: OpenSession) -> None:
-        """Memory for a short session, so that nobody is let in who could not make a step."""
+        """Wait for memory for a short session, so that nobody is let in who could not make a step.
+
+        It is not kept for it: whoever opens sessions and does nothing with them takes nothing from others.
+        """
 
         async def tell(place: int, seconds: float | None) -> None:
             await stream.send(Queued(place, seconds))
 
         wanted = self._least_bytes(request)
         await self.host.room.reserve(stream.peer, request.session, wanted, tell if request.wait else None)
+        self.host.quotas.set_bytes(request.session, 0)
         if request.session in self.sessions:
             raise PeerRefusedError("a session with this id is open here; choose another id", code="session")
 
