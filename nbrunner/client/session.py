@@ -468,6 +468,7 @@ class ChainSession:
                 allowed=self.options.allowed_peers,
                 blocked=self.options.blocked_peers,
                 exclude=frozenset({hop.peer} | avoid | self._full),
+                adapter=self._adapter.uid if self._adapter is not None else "",
                 cache_tokens=(self._journal.length + RESERVE_TOKENS) * max(self._history.batch, 1),
             )
         except MissingBlocksError:

@@ -111,7 +111,8 @@ class Handler:
         shape, blocks = self.host.span.hidden_shape, (request.start, request.end)
         return take_edits(request.edits, tensors, blocks=blocks, hidden_shape=shape, rows=None)
 
-    async def _session(self, stream: Stream, request: OpenSession, tensors: Mapping[str, RawTensor]) -> None:
+    def _check_open(self, request: OpenSession) -> None:
+        """`PeerRefusedError` if no session, or not this one, can be opened now."""
         if self.draining:
             raise PeerRefusedError(
                 "this server is leaving and takes no new sessions", code="draining", retry_after=RETRY_DRAINING
@@ -123,12 +124,17 @@ class Handler:
         self._check_blocks(request.model, request.start, request.end)
         if request.session in self.sessions:
             raise PeerRefusedError("a session with this id is open here; choose another id", code="session")
+
+    async def _session(self, stream: Stream, request: OpenSession, tensors: Mapping[str, RawTensor]) -> None:
+        self._check_open(request)
         quotas, terms = self.host.quotas, stream.terms or Terms()
         adapter = self.host.adapters.use(request.adapter, request.start, request.end)
         quotas.open_session(stream.peer, terms)
         self.host.adapters.pin(request.adapter)
+        session: ServerSession | None = None
         try:
             await self._first_room(stream, request)
+            self._check_open(request)  # it may have waited
             session = ServerSession(self.host, stream, request, self._session_edits(request, tensors), adapter)
             self.sessions[session.id] = session
             self.empty.clear()
@@ -142,12 +148,11 @@ class Handler:
             self._on_change()
             await session.run()
         finally:
-            self.sessions.pop(request.session, None)
+            if session is not None:
+                self.sessions.pop(session.id, None)
             if not self.sessions:
                 self.empty.set()
             quotas.close_session(stream.peer)
-            quotas.set_bytes(request.session, 0)
-            self.host.room.freed()
             self.host.adapters.unpin(request.adapter)
             self._on_change()
             logger.info("session %s closed", request.session[:8])
@@ -161,11 +166,9 @@ class Handler:
         async def tell(place: int, seconds: float | None) -> None:
             await stream.send(Queued(place, seconds))
 
-        wanted = self._least_bytes(request)
-        await self.host.room.reserve(stream.peer, request.session, wanted, tell if request.wait else None)
-        self.host.quotas.set_bytes(request.session, 0)
-        if request.session in self.sessions:
-            raise PeerRefusedError("a session with this id is open here; choose another id", code="session")
+        wanted, opening = self._least_bytes(request), object()
+        await self.host.room.reserve(stream.peer, opening, wanted, tell if request.wait else None)
+        self.host.quotas.set_bytes(opening, 0)
 
     def _least_bytes(self, request: OpenSession) -> int:
         share = (request.end - request.start) / (self.host.span.end - self.host.span.start)

@@ -22,6 +22,7 @@ from nbrunner.server.quotas import Quotas
 from nbrunner.server.served import ServedAdapters
 from nbrunner.server.sums import GradientSums
 from nbrunner.server.scheduler import Scheduler
+from nbrunner.server.served import ServedAdapters
 from nbrunner.server.stepping import run_parts
 from nbrunner.server.traffic import Traffic
 from nbrunner.server.waiting_room import WaitingRoom
