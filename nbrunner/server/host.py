@@ -19,11 +19,10 @@ from nbrunner.server.compute import ComputeThread, Done
 from nbrunner.server.inputs import Form
 from nbrunner.server.kept import KeptPasses
 from nbrunner.server.quotas import Quotas
-from nbrunner.server.served import ServedAdapters
-from nbrunner.server.sums import GradientSums
 from nbrunner.server.scheduler import Scheduler
 from nbrunner.server.served import ServedAdapters
 from nbrunner.server.stepping import run_parts
+from nbrunner.server.sums import GradientSums
 from nbrunner.server.traffic import Traffic
 from nbrunner.server.waiting_room import WaitingRoom
 
