@@ -220,7 +220,18 @@ class Lab:
         for folder in filter(None, (SCREENS, os.environ.get("NBRUNNER_IMAGES"))):
             place = ROOT / folder
             place.mkdir(parents=True, exist_ok=True)
-            what.screenshot(path=place / f"{name}.png")
+            self._take(what, place / f"{name}.png")
+
+    def _take(self, what: Any, place: Path) -> None:
+        from playwright.sync_api import Error
+
+        for _ in range(9):
+            try:
+                what.screenshot(path=place, timeout=5000)
+                return
+            except Error:
+                self.page.wait_for_timeout(200)  # what is live may be replaced while its picture is taken
+        what.screenshot(path=place)
 
     def seen_again(self, name: str, look: Callable[[Any], None]) -> nbformat.NotebookNode:
         """Save, close, and look again: with a fresh kernel, with none, and as a page that nbconvert makes.

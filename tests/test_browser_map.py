@@ -68,7 +68,7 @@ def test_the_map_changes_when_a_server_is_killed(book):
     lab.page.wait_for_function(f"first => ({moment})() !== first", arg=first, timeout=20_000)
     screenshots(lab, "map-live", (GENERATE, MAP))
     lab.page.set_viewport_size({"width": 1200, "height": 1400})
-    lab.picture("map", lab.page.query_selector(".nbr-map-wide svg"))
+    lab.picture("map", lab.page.locator(".nbr-map-wide svg"))  # drawn anew each second
     lab.picture("generate", lab.page.query_selector_all(".jp-CodeCell")[GENERATE])
 
     lab.run_cell(KILL)

@@ -184,7 +184,8 @@ class Generation:
             parts.append(f"{len(self.tokens)} tokens in {self.timings.total:.2f} s")
         if 0 < self.rounds < len(self.tokens):
             parts.append(f"{len(self.tokens) / self.rounds:.1f} tokens a round trip")
-        if dict(self.receipt.get("model", {})).get("wire") == "int8":
+        model = self.receipt.get("model")
+        if isinstance(model, Mapping) and model.get("wire") == "int8":
             parts.append("8 bits on the wire")
         if self.chain or self.tokens:
             parts.append(chain_text(self.chain))

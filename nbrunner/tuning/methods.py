@@ -149,7 +149,7 @@ def peft_config(model: Any, settings: Settings) -> Any:
 
 def modules_of(model: Any) -> list[str]:
     """Names of the linear modules in a model's blocks, as ``target_modules`` takes them."""
-    from transformers.pytorch_utils import Conv1D
+    from nbrunner.blocks.compat import Conv1D
 
     names = {
         name.rpartition(".")[2]

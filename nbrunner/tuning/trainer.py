@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from transformers.trainer_callback import PrinterCallback
 
+from nbrunner.blocks.compat import PrinterCallback
 from nbrunner.client.watch import PassWatch, watching
 from nbrunner.errors import SwarmError, TrainingError
 from nbrunner.tuning.control import StopRun
