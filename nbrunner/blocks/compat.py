@@ -11,7 +11,7 @@ little more than that, and these names may move in any minor release:
   (`DummyLayer`) for each layer it does not hold, and replaces the layer that copies its whole content in each step.
 - `AttentionInterface`, `AttentionMaskInterface` and the tables they fill: attention of several sessions at once.
 - `Conv1D`: the linear layer of the GPT-2 family, with its weight the other way round.
-- `PrinterCallback`: what a Trainer prints with unless it is taken away.
+- `printer_callback`: what a Trainer prints with unless it is taken away.
 
 A release of transformers that moves one of them fails here, at import, and the parity tests say what changed;
 `pyproject.toml` allows the releases whose two ends pass them.
@@ -28,7 +28,6 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_callback import PrinterCallback
 
 try:
     from transformers.cache_utils import DummyLayer
@@ -48,6 +47,14 @@ except ImportError:  # before 5.23, where an empty recurrent layer is what masks
             """There is nothing to crop."""
 
 
+def printer_callback() -> type:
+    """Imported when it is asked for: it takes a second, and only training needs it."""
+    from transformers.trainer_callback import PrinterCallback
+
+    found: type = PrinterCallback
+    return found
+
+
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_MASK_ATTENTION_FUNCTIONS",
@@ -59,9 +66,9 @@ __all__ = [
     "DummyLayer",
     "DynamicLayer",
     "LinearAttentionCacheLayerMixin",
-    "PrinterCallback",
     "WeightConverter",
     "WeightRenaming",
     "get_model_conversion_mapping",
+    "printer_callback",
     "rename_source_key",
 ]

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from nbrunner.blocks.compat import PrinterCallback
+from nbrunner.blocks.compat import printer_callback
 from nbrunner.client.watch import PassWatch, watching
 from nbrunner.errors import SwarmError, TrainingError
 from nbrunner.tuning.control import StopRun
@@ -83,7 +83,7 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
         self._staging: Path | None = None
         with own_random_numbers():  # Trainer seeds everything there is when it is made
             super().__init__(**kwargs)
-        self.remove_callback(PrinterCallback)
+        self.remove_callback(printer_callback())
         accelerator = self.accelerator
         accelerator.state = _of_its_own(accelerator.state)
         self.args.distributed_state = _of_its_own(self.args.distributed_state)
