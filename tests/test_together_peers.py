@@ -379,8 +379,11 @@ def test_a_coordinator_that_says_nothing_is_replaced(host: Node) -> None:
             results = await average_all(speaking, vectors[:2])
             assert time.monotonic() - began < SETTINGS.patience + 4.0
             assert {outcome.kind for outcome, _ in results} == {"alone"}
-            results = await average_all(speaking, vectors[:2])
-            assert {outcome.kind for outcome, _ in results} == {"averaged"}
+            for _ in range(5):  # on a busy machine a round may pass before both have heard of the new coordinator
+                results = await average_all(speaking, vectors[:2])
+                if {outcome.kind for outcome, _ in results} == {"averaged"}:
+                    return
+            pytest.fail(f"nobody took its place: {results}")
 
     run(check())
 
