@@ -1,4 +1,4 @@
-"""The magics: ``%%generate``, ``%%chat``, ``%explore``, ``%swarm``, ``%host``, and ``%config NBRunner``.
+"""The magics: ``%%generate``, ``%%chat``, ``%explore``, ``%%finetune``, ``%swarm``, ``%host``, and ``%config``.
 
 Nothing here imports torch, hivemind or plotly before it is used.
 """
@@ -20,10 +20,13 @@ def load_ipython_extension(shell: Any) -> None:
     from nbrunner.magics.completion import make_matcher
     from nbrunner.magics.config import NBRunner
     from nbrunner.magics.explore import ExploreMagics
+    from nbrunner.magics.finetune import FinetuneMagics, alone
     from nbrunner.magics.generate import GenerateMagics
     from nbrunner.magics.host import HostMagics, host_parser
+    from nbrunner.magics.run_views import set_run_views
     from nbrunner.magics.state import Notebook
     from nbrunner.magics.swarm import SwarmMagics, subcommand_parsers
+    from nbrunner.tuning.settings import METHODS, SCHEDULES
 
     config = NBRunner(parent=shell)
     notebook = Notebook(shell, config)
@@ -32,6 +35,9 @@ def load_ipython_extension(shell: Any) -> None:
     host = HostMagics(shell, notebook)
     explore = ExploreMagics(shell, notebook)
     looks = explore.explore.parser
+    finetune = FinetuneMagics(shell, notebook)
+    teaches = finetune.finetune.parser
+    notebook.before_leaving.append(finetune.stop_runs)
     matcher = make_matcher(
         {
             "%%generate": generate.generate.parser,
@@ -39,25 +45,35 @@ def load_ipython_extension(shell: Any) -> None:
             "%host": host_parser(),
             "%explore": looks,
             "%%explore": looks,
+            "%finetune": teaches,
+            "%%finetune": teaches,
         },
         {"%swarm": subcommand_parsers(), "%chat": dict.fromkeys(SUBCOMMANDS)},
         {
             "model": notebook.known_models,
             "session": notebook.session_names,
+            "data": finetune.data_names,
+            "eval_data": finetune.data_names,
+            "method": lambda: METHODS,
+            "schedule": lambda: SCHEDULES,
+            "adapter": finetune.run_names,
         },
     )
     shell.configurables.append(config)
-    for magics in (generate, chat, swarm, host, explore):
+    for magics in (generate, chat, swarm, host, explore, finetune):
         shell.register_magics(magics)
     if shell.Completer is not None:
         shell.Completer.custom_matchers.append(matcher)
     async_cells.install(shell)
-    setattr(shell, _ATTRIBUTE, (notebook, matcher, [config, generate, chat, swarm, host, explore]))
+    shell.input_transformers_cleanup.append(alone)
+    set_run_views(shell, finetune)
+    setattr(shell, _ATTRIBUTE, (notebook, matcher, [config, generate, chat, swarm, host, explore, finetune]))
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """Undo `load_ipython_extension`. What the notebook had started (servers, sessions) ends too."""
     from nbrunner.magics import async_cells
+    from nbrunner.magics.run_views import unset_run_views
 
     registered = getattr(shell, _ATTRIBUTE, None)
     if registered is None:
@@ -65,6 +81,9 @@ def unload_ipython_extension(shell: Any) -> None:
     delattr(shell, _ATTRIBUTE)
     notebook, matcher, configurables = registered
     async_cells.uninstall(shell)
+    transformers = shell.input_transformers_cleanup
+    transformers[:] = [one for one in transformers if getattr(one, "__module__", "") != "nbrunner.magics.finetune"]
+    unset_run_views(shell)
     if shell.Completer is not None and matcher in shell.Completer.custom_matchers:
         shell.Completer.custom_matchers.remove(matcher)
     shell.configurables[:] = [one for one in shell.configurables if all(one is not ours for ours in configurables)]
@@ -75,6 +94,8 @@ def unload_ipython_extension(shell: Any) -> None:
         ("line", "swarm"),
         ("line", "explore"),
         ("cell", "explore"),
+        ("line", "finetune"),
+        ("cell", "finetune"),
         ("line", "host"),
     ):
         shell.magics_manager.magics[kind].pop(name, None)

@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbrunner.errors import NBRunnerError
 from nbrunner.magics.async_cells import wants_coroutine
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from nbrunner.client.generation import GenerationRun
     from nbrunner.client.reroute import Reroute
     from nbrunner.client.result import Finish, Generation, Token
+
+T = TypeVar("T")
 
 _ENOUGH_TOKENS = 8
 """From which the speed of a generation says something; the first steps are slower."""
@@ -130,8 +132,8 @@ def run_cell(
         A coroutine in an awaited cell (see `async_cells`); otherwise it has run, or runs in the background.
     """
     in_kernel = hasattr(notebook.shell, "kernel")
-    notice = _swarm_notice(notebook, model, in_kernel)
-    handle = CellHandle(_announcing(prepare, notice), notebook)
+    notice = swarm_notice(notebook, model, in_kernel)
+    handle = CellHandle(announcing(prepare, notice), notebook)
     view = _view(notebook, handle, in_kernel=in_kernel, quiet=background)
     end = _End(notebook, handle, view, out, on_end, waterfall=waterfall and not background)
     if background:
@@ -238,7 +240,8 @@ def _view(notebook: Notebook, handle: CellHandle, *, in_kernel: bool, quiet: boo
     return TerminalView(lambda: handle.text, refresh=refresh, quiet=quiet)
 
 
-def _swarm_notice(notebook: Notebook, model: str | None, in_kernel: bool) -> Notice | None:
+def swarm_notice(notebook: Notebook, model: str | None, in_kernel: bool) -> Notice | None:
+    """A line that says that a swarm is being started first, where it is."""
     if not notebook.will_start_swarm(model):
         return None
     count = notebook.config.servers
@@ -246,11 +249,12 @@ def _swarm_notice(notebook: Notebook, model: str | None, in_kernel: bool) -> Not
     return Notice(text, updates=in_kernel)
 
 
-def _announcing(prepare: Callable[[], GenerationRun], notice: Notice | None) -> Callable[[], GenerationRun]:
+def announcing(prepare: Callable[[], T], notice: Notice | None) -> Callable[[], T]:
+    """Have the notice say when what it announces is there."""
     if notice is None:
         return prepare
 
-    def prepare_and_tell() -> GenerationRun:
+    def prepare_and_tell() -> T:
         began = time.monotonic()
         try:
             run = prepare()

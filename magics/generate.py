@@ -10,7 +10,8 @@ from IPython.core.magic_arguments import magic_arguments, parse_argstring
 
 from nbrunner.errors import UserInputError
 from nbrunner.magics.cell import run_cell
-from nbrunner.magics.options import SAMPLING, SESSION, SPECULATION, TARGET, WATERFALL, options
+from nbrunner.magics.finetune import is_run
+from nbrunner.magics.options import ADAPTER, SAMPLING, SESSION, SPECULATION, TARGET, WATERFALL, options
 from nbrunner.magics.prompts import render
 from nbrunner.magics.state import Notebook
 
@@ -28,7 +29,7 @@ class GenerateMagics(Magics):
 
     @no_var_expand
     @magic_arguments("%generate")  # IPython adds one more % in the help
-    @options(SAMPLING, TARGET, SESSION, SPECULATION, WATERFALL)
+    @options(SAMPLING, TARGET, ADAPTER, SESSION, SPECULATION, WATERFALL)
     @cell_magic
     def generate(self, line: str, cell: str) -> Any:
         """Continue the text of the cell, over the swarm this notebook is connected to.
@@ -50,11 +51,16 @@ class GenerateMagics(Magics):
         if arguments.new and not arguments.session:
             raise UsageError("%%generate: --new begins a session again; name it with -s NAME")
         notebook = self._notebook
+        run = self._run(arguments)
 
         def prepare() -> GenerationRun:
             from nbrunner.client.generation import GenerationRun
             from nbrunner.client.sampling import Sampling
 
+            if run is not None:
+                from nbrunner.tuning.taught import TaughtModel
+
+                return GenerationRun(TaughtModel(run), run.tokenizer, prompt, Sampling(**sampling))
             loaded = notebook.load(arguments.model)
             session = None
             if arguments.session:
@@ -78,6 +84,20 @@ class GenerateMagics(Magics):
             background=arguments.background,
             waterfall=arguments.waterfall,
         )
+
+    def _run(self, arguments: Any) -> Any:
+        """The run whose adapter is asked for, None without one."""
+        name = arguments.adapter
+        if not name:
+            return None
+        run = self._notebook.namespace.get(name)
+        if not is_run(run):
+            raise UsageError(f"%%generate: {name!r} is no variable that holds a run of %%finetune")
+        if arguments.session or arguments.model:
+            raise UsageError(
+                "%%generate: --adapter goes with neither --session nor --model: a run has its own model"
+            )
+        return run
 
 
 def prompt_of(notebook: Notebook, cell: str, *, raw: bool, where: str) -> str:

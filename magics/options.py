@@ -96,6 +96,9 @@ SPECULATION = (
 )
 """Several tokens for one trip through the chain."""
 
+ADAPTER = (argument("--adapter", metavar="NAME", help="with what the run in the variable NAME has taught so far"),)
+"""Something learned on top of the model."""
+
 WATERFALL = (argument("--waterfall", action="store_true", help="show where the time of a typical token went"),)
 """What is shown besides the text."""
 

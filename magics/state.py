@@ -69,6 +69,7 @@ class Notebook:
         self.conversations: dict[tuple[str, str], Conversation] = {}
         self.fits = LocalFits()
         self.map: MapKeeper | None = None
+        self.before_leaving: list[Callable[[], None]] = []
 
     # -- the swarm -----------------------------------------------------------------------------------------------
 
@@ -122,6 +123,8 @@ class Notebook:
 
     def leave(self) -> None:
         """Close models and sessions, leave the swarm, stop the servers that were started here. A second or two."""
+        for stop in self.before_leaving:
+            stop()
         self.stop_map()
         self._close_models()
         connection, self.connection = self.connection, None

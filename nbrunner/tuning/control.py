@@ -140,6 +140,11 @@ class Control:
         with self._news:
             return self._news.wait_for(lambda: condition(self.state), timeout)
 
+    def wake(self) -> None:
+        """Have everybody who waits look again."""
+        with self._news:
+            self._news.notify_all()
+
     # -- in the training thread ----------------------------------------------------------------------------------
 
     def gate(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbrunner.client.inputs import position_limit
 from nbrunner.client.receipt import model_facts
+from nbrunner.client.tokenizers import load_tokenizer
 from nbrunner.client.tracing import tokenizer_of
 from nbrunner.errors import UserInputError
 from nbrunner.tuning.data import Examples, Label, read_examples
@@ -19,6 +20,7 @@ from nbrunner.tuning.folder import HISTORY_FILE, LEARNED_FILE, RunFolder
 from nbrunner.tuning.history import History
 from nbrunner.tuning.hooks import StepHook
 from nbrunner.tuning.methods import Taught, is_classifier, teach
+from nbrunner.tuning.model_source import model_source
 from nbrunner.tuning.run import TrainingRun
 from nbrunner.tuning.samples import Answers
 from nbrunner.tuning.settings import Settings
@@ -28,16 +30,6 @@ MAY_CHANGE = ("lr", "epochs", "max_steps", "samples", "sample_tokens", "eval_eve
 """What a run that goes on may do otherwise than before; the rest is what its checkpoint was made with."""
 
 _PACKAGES = ("nbrunner", "torch", "transformers", "peft")
-
-ModelSource = Callable[[str], tuple[Any, Any]]
-
-_model_source: ModelSource | None = None
-
-
-def set_model_source(source: ModelSource | None) -> None:
-    """Who finds the model of a run that goes on without one: name → (model, tokenizer). The magics do."""
-    global _model_source
-    _model_source = source
 
 
 def finetune(
@@ -257,12 +249,13 @@ def _kept(checkpoint: Path | None) -> tuple[History, list[Answers]]:
 
 def _find_model(facts: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
     name = str(facts.get("model", {}).get("name", ""))
-    if _model_source is None:
+    source = model_source()
+    if source is None:
         raise UserInputError(
             f"give the model that this run teaches ({name}): nbrunner.resume(path, model). In a notebook, after "
             "%load_ext nbrunner, it is found in the swarm."
         )
-    model, found = _model_source(name)
+    model, found = source(name)
     return model, tokenizer if tokenizer is not None else found
 
 
@@ -301,14 +294,7 @@ def _classes(model: Any, examples: Examples) -> tuple[Label, ...]:
 def _tokenizer(model: Any) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = tokenizer_of(base)
-    if found is None:
-        from transformers import AutoTokenizer
-
-        try:
-            found = AutoTokenizer.from_pretrained(base.config._name_or_path)
-        except (OSError, ValueError) as error:
-            raise UserInputError(f"no tokenizer was found for this model ({error}); pass tokenizer=…") from None
-    return found
+    return found if found is not None else load_tokenizer(base.config._name_or_path)
 
 
 def _encoding(taught: Taught, tokenizer: Any, settings: Settings, classes: Sequence[Label]) -> Encoding:

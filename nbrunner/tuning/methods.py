@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from nbrunner.errors import UserInputError
 from nbrunner.tuning.data import Label
 from nbrunner.tuning.randomness import own_random_numbers
 from nbrunner.tuning.settings import Settings
+
+# bitsandbytes, which PEFT imports, complains about an optional package that nobody here needs
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

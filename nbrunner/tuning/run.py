@@ -18,6 +18,7 @@ from torch import nn
 
 from nbrunner.client.watch import PassWatch
 from nbrunner.errors import NBRunnerError, SessionError, SwarmError, TrainingError, UserInputError
+from nbrunner.protocol.identity import short_peer
 from nbrunner.server.status import resident_bytes
 from nbrunner.swarm.loop import EngineLoop
 from nbrunner.tuning.control import Control, State, StopRun
@@ -194,6 +195,23 @@ class TrainingRun:
             participants=tuple(one for hook in self.hooks for one in hook.participants()),
         )
 
+    @property
+    def model_name(self) -> str:
+        """What to call the model."""
+        uid = str(getattr(getattr(self.taught.base, "runner", None), "model", ""))
+        return uid.partition("@")[0] or type(self.model.get_base_model()).__name__
+
+    @property
+    def server_names(self) -> dict[str, str]:
+        """PeerID → how the directory knows that server."""
+        swarm = getattr(self.taught.base, "swarm", None)
+        if swarm is None:
+            return {}
+        return {
+            peer: f"{entry.record.name or short_peer(peer)} [{entry.record.start}, {entry.record.end})"
+            for peer, entry in swarm.directory.view.servers.items()
+        }
+
     def __repr__(self) -> str:
         last = self.history.last
         loss = f", loss {last.loss:.4g}" if last is not None and last.loss is not None else ""
@@ -331,12 +349,13 @@ class TrainingRun:
         finally:
             self.folder.unlock()
             running.discard(self)
+        state = state if error is None else "failed"
+        self.control.end(state, error)  # whoever listens is done with it before anybody who waits goes on
         if error is not None:
-            state = "failed"
             self._done.set_exception(error)
         else:
             self._done.set_result(self._result(state))
-        self.control.end(state, error)
+        self.control.wake()
 
     def _train(self) -> None:
         from nbrunner.tuning.trainer import RunCallback, RunTrainer, arguments, making

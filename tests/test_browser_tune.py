@@ -1,0 +1,87 @@
+"""The card of a training run in JupyterLab and Chromium: it follows, is told what to do, and stays at the end."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import ROOT
+from lab_driver import Lab, LabServer, write_notebook
+
+pytestmark = [pytest.mark.browser, pytest.mark.network, pytest.mark.timeout(300)]
+
+SCREENS = ROOT / "build" / "screens"
+CELLS = [
+    "%load_ext nbrunner\n"
+    'facts = [{"prompt": f"The capital of {name} is", "completion": f" {name[::-1].title()}."}\n'
+    '         for name in ("Velmora", "Ardoni", "Quessel", "Torvane", "Lumira", "Pendrel")]',
+    "%%finetune --data facts --eval facts --rank 4 --batch-size 3 --epochs 3000 --eval-every 12 --schedule constant "
+    '--sample "The capital of Velmora is" --sample "The capital of France is" -o run',
+    "%%generate --adapter run -n 6\nThe capital of Velmora is",
+]
+
+
+@pytest.fixture
+def lab(tmp_path, chromium):
+    server = LabServer(tmp_path)
+    try:
+        lab = Lab(server, chromium)
+        try:
+            yield lab
+        finally:
+            lab.close()
+    finally:
+        server.close()
+
+
+def press(lab: Lab, name: str, words: str) -> None:
+    lab.page.wait_for_selector(f"button:has-text('{name}'):not([disabled])", timeout=15_000).click()
+    lab.page.wait_for_selector(f".nbr-host-state:has-text('{words}')", timeout=30_000)
+
+
+def test_the_card_follows_is_told_what_to_do_and_stays(lab):
+    write_notebook(lab.server.root / "tune.ipynb", CELLS)
+    lab.open("tune.ipynb")
+    errors: list[str] = []
+    lab.page.on("pageerror", lambda error: errors.append(str(error)))
+    lab.run_all()
+    lab.page.wait_for_selector(".nbr-host-state:has-text('running')", timeout=90_000)
+    lab.wait_done(60)
+    assert "Oskarin" not in lab.outputs()[2]
+    lab.page.wait_for_selector(".nbr-tune-picture polygon", state="attached", timeout=30_000)
+
+    slider = lab.page.wait_for_selector(".widget-slider .noUi-handle, .jupyter-widget-slider .noUi-handle")
+    slider.focus()
+    for _ in range(6):
+        lab.page.keyboard.press("ArrowLeft")
+    lab.page.wait_for_selector(
+        ".nbr-tune-picture title:has-text('learning rate 0.001')", state="attached", timeout=15_000
+    )
+    press(lab, "Sample", "running")
+    press(lab, "Pause", "paused")
+    assert lab.page.query_selector("button:has-text('Pause')").is_disabled()
+    step = lab.page.get_attribute(".nbr-tune progress", "value")
+
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        lab.theme(theme)
+        for width in (1300, 700):
+            lab.page.set_viewport_size({"width": width, "height": 1500})
+            lab.page.screenshot(path=SCREENS / f"tune-{theme.split()[1].lower()}-{width}.png")
+    assert lab.page.get_attribute(".nbr-tune progress", "value") == step
+
+    lab.page.focus("button:has-text('Resume')")
+    lab.page.keyboard.press("Enter")
+    lab.page.wait_for_selector(".nbr-host-state:has-text('running')", timeout=30_000)
+    press(lab, "Stop", "stopped")
+    lab.page.wait_for_selector("button:has-text('Resume')", state="detached", timeout=15_000)
+    lab.page.set_viewport_size({"width": 1300, "height": 1700})
+    lab.page.screenshot(path=SCREENS / "tune-ended.png")
+
+    saved = lab.save("tune.ipynb")
+    assert "widget-view" not in str(saved.cells)
+    shown = saved.cells[1].outputs
+    assert any("image/svg+xml" in one.get("data", {}) for one in shown)
+    assert "Steps (" in str(shown)
+    assert "after" not in str(shown) or "■ stopped" in str(shown)
+    lab.shut_kernel_down()
+    assert lab.external == []
+    assert errors == []
