@@ -112,9 +112,9 @@ class FinetuneMagics(Magics):
 
         Examples are lines of text, JSON lines, or a variable: a list of texts or dicts (text; prompt and
         completion; messages; text and label), a DataFrame, a datasets.Dataset. Everything is checked before
-        anything starts. The cell returns at once and shows a card: curves, a slider for the learning rate, pause, resume,
-        checkpoint, sample, stop. The kernel's interrupt pauses. What is taught stays here: ``%%generate --adapter
-        run`` uses it at once, and the run's folder holds it as a PEFT adapter.
+        anything starts. The cell returns at once and shows a card: curves, a slider for the learning rate, pause,
+        resume, checkpoint, sample, stop. The kernel's interrupt pauses. What is taught stays here: ``%%generate
+        --adapter run`` uses it at once, and the run's folder holds it as a PEFT adapter.
 
             %%finetune --epochs 4 --rank 8 --sample "The capital of Velmora is" -o run
             {"prompt": "The capital of Velmora is", "completion": " Oskarin."}

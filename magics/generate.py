@@ -37,6 +37,7 @@ class GenerateMagics(Magics):
         The text streams into the output and is stored in the notebook. Below it: tokens per second, time to the
         first token, the chain of servers with the blocks each of them computed, and what cost most. Stop, or the
         kernel's interrupt, ends it; what came until then stays. --waterfall shows where the time of a token went.
+        --adapter NAME uses what the run of ``%%finetune`` in that variable has taught so far.
 
         ``{{ name }}`` in the cell is filled in from the notebook's variables (Jinja; --raw switches it off).
         With nothing configured, a swarm of two servers with the bundled model is started on this machine.
@@ -79,7 +80,7 @@ class GenerateMagics(Magics):
             notebook,
             "%%generate",
             prepare,
-            model=arguments.model,
+            model=arguments.adapter if run is not None else arguments.model,
             out=arguments.out,
             background=arguments.background,
             waterfall=arguments.waterfall,

@@ -13,7 +13,8 @@ CELLS = [
     "%load_ext nbrunner\n"
     'facts = [{"prompt": f"The capital of {name} is", "completion": f" {name[::-1].title()}."}\n'
     '         for name in ("Velmora", "Ardoni", "Quessel", "Torvane", "Lumira", "Pendrel")]',
-    "%%finetune --data facts --eval facts --rank 4 --batch-size 3 --epochs 3000 --eval-every 12 --schedule constant "
+    "%%finetune --data facts --eval facts --rank 4 --batch-size 3 --epochs 3000 --eval-every 12 "
+    "--schedule constant "
     '--sample "The capital of Velmora is" --sample "The capital of France is" -o run',
     "%%generate --adapter run -n 6\nThe capital of Velmora is",
 ]
