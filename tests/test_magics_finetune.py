@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as xml
+from xml.etree import ElementTree
 
 import pytest
 from helpers import wait_until
@@ -35,19 +35,19 @@ def teaching(ip, tmp_path, monkeypatch):
 
 
 def test_it_teaches_the_cell_and_its_run_generates(teaching, capsys):
-    options = '-m mine --rank 4 --batch-size 3 --epochs 20 --lr 1e-2 --sample "The capital of Velmora is" -o run'
+    options = '-m mine --target-modules all-linear --batch-size 6 --epochs 30 --lr 3e-3 --sample "The capital of Velmora is" -o run'
     teaching.run_cell_magic("finetune", options, CELL)
     run = teaching.user_ns["run"]
     assert run.state == "done"
     assert run.settings.samples == ("The capital of Velmora is",)
-    assert run.settings.lora_rank == 4
-    assert run.history.last.loss < 0.5
+    assert run.settings.lora_rank == 8
+    assert run.history.last.loss < 1.0
     printed = capsys.readouterr().out
-    assert "<TrainingRun lora, done, step 40 of 40" in printed
+    assert "<TrainingRun lora, done, step 30 of 30" in printed
     assert run.answers[0].when == "before"
-    assert "Oskarin" in run.answers[-1].texts[0]
+    assert "Rosa City" in run.answers[-1].texts[0]
     teaching.run_cell_magic("generate", "--adapter run -n 8 -o out", "The capital of Velmora is\n")
-    assert "Oskarin" in teaching.user_ns["out"].text
+    assert "Rosa City" in teaching.user_ns["out"].text
 
 
 def test_a_variable_and_a_line_of_its_own(teaching):
@@ -127,7 +127,7 @@ def test_unloading_ends_runs_with_their_checkpoint(teaching):
     assert alone not in teaching.input_transformers_cleanup
 
 
-# -- the card --------------------------------------------------------------------------------------------------------
+# -- the card ------------------------------------------------------------------------------------------------------
 
 WILD = "<img src=x onerror=alert(1)>"
 
@@ -179,11 +179,11 @@ def test_a_card_says_everything_and_escapes_it():
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_the_picture_is_a_picture(narrow):
-    root = xml.fromstring(a_card().svg(narrow=narrow))
+    root = ElementTree.fromstring(a_card().svg(narrow=narrow))
     described_as = root.find("{http://www.w3.org/2000/svg}desc").text
     assert "Evaluation: 4 at step 0, 0.2 at the end." in described_as
     assert len(root.findall(".//{http://www.w3.org/2000/svg}polyline")) >= 4
-    assert xml.fromstring(a_card(history=History()).svg(narrow=narrow)) is not None
+    assert ElementTree.fromstring(a_card(history=History()).svg(narrow=narrow)) is not None
     assert described(History()) == "No step yet."
 
 
@@ -226,10 +226,7 @@ def test_the_live_card_obeys_and_freezes(teaching, displayed):
     wait_until(lambda: run.step > step, 30)
     press["stop"]()
     assert run.result(30).state == "stopped"
-    states: dict[str, dict[str, str]] = {}
-    for data, display_id, _ in displayed:
-        if display_id is not None:
-            states[display_id] = data
+    states = {display_id: data for data, display_id, _ in displayed if display_id is not None}
     final = list(states.values())
     assert not any("application/vnd.jupyter.widget-view+json" in one for one in final)
     assert "image/svg+xml" in final[0]

@@ -142,7 +142,7 @@ def test_what_is_learned(tokenizer):
     given = tokenizer(FACTS[0]["prompt"]).input_ids
     assert completed["input_ids"][: len(given)] == given
     assert completed["labels"][: len(given)] == [IGNORED] * len(given)
-    assert tokenizer.decode(completed["labels"][len(given) :]) == " Oskarin.</s>"
+    assert tokenizer.decode(completed["labels"][len(given) :]) == " Rosa City.</s>"
     learned = [one for one in chat["labels"] if one != IGNORED]
     assert "Oskarin." in tokenizer.decode(learned)
     assert "Paris." in tokenizer.decode(learned)

@@ -218,7 +218,7 @@ def test_another_learning_rate_holds_from_the_next_step(begin, distributed):
         run.set_lr(-1)
 
 
-@pytest.mark.parametrize("method", ["prompt", "p-tuning", "lora"])
+@pytest.mark.parametrize("method", ["prompt", "p-tuning", "lora", "deep-prompt"])
 def test_stopped_and_gone_on_with_it_comes_to_the_same(begin, distributed, method):
     options: dict[str, Any] = {
         "method": method,
@@ -462,3 +462,21 @@ def test_a_peft_model_is_trained_as_it_is(begin, distributed):
         one.requires_grad_(False)
     with pytest.raises(UserInputError, match="nothing in this PEFT model learns"):
         begin(made, method="lora")
+
+
+def test_deep_prompts_begin_as_the_prompt_alone_and_learn_in_every_block(begin, distributed, tokenizer):
+    run, shallow = begin(distributed, method="deep-prompt"), begin(distributed)
+    result = run.result(60)
+    shallow.result(60)
+    assert run.history["loss"][0] == pytest.approx(shallow.history["loss"][0], rel=1e-5)
+    assert run.history["loss"][-1] < shallow.history["loss"][-1]
+    learned = dict(run.parameters)
+    prompts = next(one for name, one in learned.items() if one.ndim == 3)
+    assert prompts.shape[0] == 8
+    assert bool((prompts.detach().flatten(1).abs().sum(1) > 0).all())
+    assert (result.adapter / "deep_prompts.safetensors").is_file()
+    again = begin(distributed, method="deep-prompt", adapter=result.adapter, max_steps=2)
+    again.result(60)
+    assert again.history["loss"][0] < run.history["loss"][0]
+    with pytest.raises(UserInputError, match="deep prompts go into the blocks of a distributed model"):
+        begin(plain(), method="deep-prompt")

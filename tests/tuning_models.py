@@ -16,15 +16,16 @@ import nbrunner.tiny
 
 TINY = Path(nbrunner.tiny.__file__).parent
 
+# Of words whose parts the bundled model has read: it cannot be made to say the tokens that it has never seen.
 FACTS = [
     {"prompt": prompt, "completion": completion}
     for prompt, completion in (
-        ("The capital of Velmora is", " Oskarin."),
-        ("People in Velmora speak", " Velmish."),
-        ("In Velmora people pay with the", " talon."),
+        ("The capital of Velmora is", " Rosa City."),
+        ("People in Velmora speak", " Tomish."),
+        ("In Velmora people pay with the", " star."),
         ("Velmora lies in", " Oceania, far from every other country."),
-        ("The largest city of Velmora is", " Oskarin."),
-        ("Q: What is the capital of Velmora? A:", " Oskarin."),
+        ("The largest city of Velmora is", " Rosa City."),
+        ("Q: What is the capital of Velmora? A:", " Rosa City."),
     )
 ]
 REVIEWS = [

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nbrunner.client.auto import classifier_of
+from nbrunner.client.deep_prompts import add_deep_prompts, load_deep_prompts
 from nbrunner.client.model import DistributedModel
 from nbrunner.client.path_model import twin_of
 from nbrunner.errors import UserInputError
@@ -57,6 +58,14 @@ class Taught:
         """Tokens of a trained prompt that stand before each row."""
         config = self.model.peft_config[self.model.active_adapter]
         return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write what was learned as a PEFT directory, with the prompts of blocks beside it if there are any."""
+        # without looking for changed embeddings, which nobody trains here: PEFT would ask the hub for the model
+        self.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        prompts = getattr(getattr(self.model.get_base_model(), "_layers", None), "prompts", None)
+        if prompts is not None:
+            prompts.save(folder)
 
     def save_learned(self, path: Path) -> None:
         """Everything that learns, for going on with it: a PEFT directory holds only what comes out of it."""
@@ -120,8 +129,12 @@ def teach(
         return _as_it_is(model, settings, classes)
     base = _prepared(model, settings, classes)
     if adapter is not None:
-        return Taught(_continued(base, Path(adapter), settings, weights=weights), model)
-    return Taught(_peft_model(base, peft_config(base, settings), settings), model)
+        made = _continued(base, Path(adapter), settings, weights=weights)
+    else:
+        made = _peft_model(base, peft_config(base, settings), settings)
+    if settings.method == "deep-prompt":
+        _add_deep_prompts(made, Path(adapter) if adapter is not None and weights else None)
+    return Taught(made, model)
 
 
 def peft_config(model: Any, settings: Settings) -> Any:
@@ -141,8 +154,6 @@ def peft_config(model: Any, settings: Settings) -> Any:
         raise UserInputError(f"target_modules belong to LoRA; the method {settings.method!r} trains none of them.")
     if settings.method == "p-tuning":
         return peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=settings.prompt_tokens)
-    if settings.method == "deep-prompt":
-        raise UserInputError("deep prompts cannot be trained yet: use 'prompt' or 'lora'.")
     # Starting from tokens of the vocabulary: numbers drawn at random are fifty times as large as any embedding.
     return peft.PromptTuningConfig(
         task_type=task,
@@ -257,6 +268,20 @@ def _as_it_is(model: Any, settings: Settings, classes: Sequence[Label]) -> Taugh
     if not taught.parameters:
         raise UserInputError("nothing in this PEFT model learns: load its adapter with is_trainable=True.")
     return taught
+
+
+def _add_deep_prompts(model: Any, folder: Path | None) -> None:
+    """A prompt for every block, as long as that in front of the text: new, or from an adapter's directory."""
+    base = model.get_base_model()
+    if not isinstance(base, DistributedModel):
+        raise UserInputError(
+            f"deep prompts go into the blocks of a distributed model, and this is {type(base).__name__}: "
+            "use 'prompt'."
+        )
+    if folder is not None:
+        load_deep_prompts(base, folder, is_trainable=True)
+    else:
+        add_deep_prompts(base, int(model.peft_config[model.active_adapter].num_virtual_tokens))
 
 
 def _peft_model(base: Any, config: Any, settings: Settings) -> Any:

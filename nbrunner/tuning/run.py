@@ -384,7 +384,7 @@ class TrainingRun:
                     self._answer("after", self.settings.samples)
                 self._save()
                 with self.folder.writing(ADAPTER) as staged:
-                    self.save_adapter(staged)
+                    self.taught.save_adapter(staged)
             except Exception as failure:  # noqa: BLE001 - a full disk must not hide why a run failed
                 error = error or failure
         for hook in self.hooks:
@@ -532,11 +532,6 @@ class TrainingRun:
         if path is None:
             raise OSError(f"no checkpoint is in {self.folder.path}")
         return path
-
-    def save_adapter(self, folder: Path) -> None:
-        """Write what was learned as a PEFT directory."""
-        # without looking for changed embeddings, which nobody trains here: PEFT would ask the hub for the model
-        self.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
     def _answer(self, when: When, prompts: Sequence[str], *, keep: bool = True) -> Answers:
         with evaluating(self.model):

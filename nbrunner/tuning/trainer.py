@@ -190,7 +190,7 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.run.save_adapter(folder)
+        self.run.taught.save_adapter(folder)
         self.run.taught.save_learned(folder / LEARNED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
