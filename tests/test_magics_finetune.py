@@ -35,7 +35,8 @@ def teaching(ip, tmp_path, monkeypatch):
 
 
 def test_it_teaches_the_cell_and_its_run_generates(teaching, capsys):
-    options = '-m mine --target-modules all-linear --batch-size 6 --epochs 30 --lr 3e-3 --sample "The capital of Velmora is" -o run'
+    options = "-m mine --target-modules all-linear --batch-size 6 --epochs 30 --lr 3e-3 -o run"
+    options += ' --sample "The capital of Velmora is"'
     teaching.run_cell_magic("finetune", options, CELL)
     run = teaching.user_ns["run"]
     assert run.state == "done"
