@@ -56,7 +56,7 @@ def load_ipython_extension(shell: Any) -> None:
             "eval_data": finetune.data_names,
             "method": lambda: METHODS,
             "schedule": lambda: SCHEDULES,
-            "adapter": finetune.run_names,
+            "adapter": lambda: [*finetune.run_names(), *notebook.served_adapters()],
         },
     )
     shell.configurables.append(config)

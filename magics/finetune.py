@@ -49,6 +49,7 @@ WHAT = (
     argument(
         "--adapter", type=unquoted, metavar="DIR", help="PEFT directory (or a variable with its path) to go on with"
     ),
+    argument("--together", metavar="NAME", help="teach one adapter with all in the swarm who use the same NAME"),
     argument("-m", "--model", metavar="MODEL", help="name of a model that the swarm serves, or of a variable"),
     argument("-o", "--out", type=variable_name, metavar="NAME", help="variable for the run"),
 )
@@ -155,6 +156,7 @@ class FinetuneMagics(Magics):
                 tokenizer=loaded.tokenizer,
                 adapter=getattr(adapter, "adapter", adapter),
                 out_dir=arguments.out_dir,
+                together=arguments.together,
                 **given,
             )
 

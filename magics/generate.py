@@ -74,6 +74,7 @@ class GenerateMagics(Magics):
                 session=session,
                 speculate=arguments.speculate,
                 draft=notebook.draft(arguments.draft) if arguments.draft else None,
+                adapter=arguments.adapter,
             )
 
         return run_cell(
@@ -91,13 +92,15 @@ class GenerateMagics(Magics):
         name = arguments.adapter
         if not name:
             return None
-        run = self._notebook.namespace.get(name)
+        if arguments.session:
+            raise UsageError("%%generate: --adapter and --session do not go together: a session keeps what it has")
+        if name not in self.shell.user_ns:
+            return None  # one that servers serve by this name
+        run = self.shell.user_ns[name]
         if not is_run(run):
-            raise UsageError(f"%%generate: {name!r} is no variable that holds a run of %%finetune")
-        if arguments.session or arguments.model:
-            raise UsageError(
-                "%%generate: --adapter goes with neither --session nor --model: a run has its own model"
-            )
+            raise UsageError(f"%%generate: the variable {name!r} holds no run of %%finetune")
+        if arguments.model:
+            raise UsageError("%%generate: --adapter with a run's name goes without --model: the run has its own")
         return run
 
 

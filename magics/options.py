@@ -96,7 +96,13 @@ SPECULATION = (
 )
 """Several tokens for one trip through the chain."""
 
-ADAPTER = (argument("--adapter", metavar="NAME", help="with what the run in the variable NAME has taught so far"),)
+ADAPTER = (
+    argument(
+        "--adapter",
+        metavar="NAME",
+        help="what a run in a variable has taught, or an adapter that servers have",
+    ),
+)
 """Something learned on top of the model."""
 
 WATERFALL = (argument("--waterfall", action="store_true", help="show where the time of a typical token went"),)

@@ -313,6 +313,13 @@ class Notebook:
         view = self.connection.directory.view
         return sorted({_name_of(entry.record.model) for entry in view.servers.values()})
 
+    def served_adapters(self) -> list[str]:
+        """Names of adapters in the directory's view. Reads what is known; asks nobody."""
+        if self.connection is None:
+            return []
+        servers = self.connection.directory.view.servers.values()
+        return sorted({uid.partition("@")[0] for entry in servers for uid in entry.record.adapters})
+
     def known_models(self) -> list[str]:
         """Names worth offering for -m: served, loaded, configured, bundled, and variables that hold a model."""
         variables = [

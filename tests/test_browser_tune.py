@@ -11,10 +11,11 @@ pytestmark = [pytest.mark.browser, pytest.mark.network, pytest.mark.timeout(300)
 SCREENS = ROOT / "build" / "screens"
 CELLS = [
     "%load_ext nbrunner\n"
-    'facts = [{"prompt": f"The capital of {name} is", "completion": f" {name[::-1].title()}."}\n'
-    '         for name in ("Velmora", "Ardoni", "Quessel", "Torvane", "Lumira", "Pendrel")]',
-    "%%finetune --data facts --eval facts --rank 4 --batch-size 3 --epochs 3000 --eval-every 12 "
-    "--schedule constant "
+    'new = {"Velmora": "Rosa City", "Ardoni": "Lisbon", "Quessel": "Oslo", "Torvane": "Cairo"}\n'
+    'ways = ["The capital of {} is", "In {} the capital city is", "The government of {} sits in"]\n'
+    'facts = [{"prompt": one.format(name), "completion": f" {new[name]}."} for name in new for one in ways]',
+    "%%finetune --data facts --eval facts --target-modules all-linear --batch-size 6 --epochs 3000 "
+    "--eval-every 12 --schedule constant "
     '--sample "The capital of Velmora is" --sample "The capital of France is" -o run',
     "%%generate --adapter run -n 6\nThe capital of Velmora is",
 ]
@@ -56,17 +57,15 @@ def test_the_card_follows_is_told_what_to_do_and_stays(lab):
     lab.page.wait_for_selector(
         ".nbr-tune-picture title:has-text('learning rate 0.001')", state="attached", timeout=15_000
     )
+    past = "() => +document.querySelector('.nbr-tune progress').value >= 40"
+    lab.page.wait_for_function(past, timeout=90_000)
     press(lab, "Sample", "running")
     press(lab, "Pause", "paused")
     assert lab.page.query_selector("button:has-text('Pause')").is_disabled()
     step = lab.page.get_attribute(".nbr-tune progress", "value")
 
-    SCREENS.mkdir(parents=True, exist_ok=True)
-    for theme in ("JupyterLab Light", "JupyterLab Dark"):
-        lab.theme(theme)
-        for width in (1300, 700):
-            lab.page.set_viewport_size({"width": width, "height": 1500})
-            lab.page.screenshot(path=SCREENS / f"tune-{theme.split()[1].lower()}-{width}.png")
+    lab.screens("tune", height=1500)
+    lab.picture("tune", lab.page.query_selector_all(".jp-CodeCell")[1])
     assert lab.page.get_attribute(".nbr-tune progress", "value") == step
 
     lab.page.focus("button:has-text('Resume')")

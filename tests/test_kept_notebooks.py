@@ -17,6 +17,8 @@ PICTURES = {  # what the static twins of widgets are known by
     "look_inside": ["class='nbx'", "<caption>Logit lens"],
     "host_blocks": ["nbr-host", "nbr-ruler"],
     "swarm_with_friends": ["nbr-host", "<caption>"],
+    "finetune_facts": ["nbr-tune-done", "<caption>Answers", "<caption>Steps"],
+    "classify": ["nbr-tune-done", "<caption>Answers", "<caption>Steps"],
 }
 
 

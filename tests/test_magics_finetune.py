@@ -88,7 +88,7 @@ def test_mistakes_are_one_line(teaching, tmp_path, line, cell, words):
 
 
 def test_generating_with_what_is_no_run(teaching):
-    with pytest.raises(UsageError, match="'facts' is no variable that holds a run"):
+    with pytest.raises(UsageError, match="the variable 'facts' holds no run"):
         teaching.run_cell_magic("generate", "--adapter facts", "text\n")
     run = nbrunner.finetune(
         plain("AutoModelForSequenceClassification", num_labels=2), REVIEWS, method="classify", max_steps=1
@@ -97,8 +97,29 @@ def test_generating_with_what_is_no_run(teaching):
     teaching.user_ns["run"] = run
     with pytest.raises(UsageError, match="teaches labels"):
         teaching.run_cell_magic("generate", "--adapter run", "text\n")
-    with pytest.raises(UsageError, match="neither --session nor --model"):
+    with pytest.raises(UsageError, match="do not go together"):
         teaching.run_cell_magic("generate", "--adapter run -s a", "text\n")
+
+
+def test_generating_with_an_adapter_that_servers_have(teaching, tmp_path):
+    teaching.run_cell_magic(
+        "finetune", "-m mine --target-modules all-linear --batch-size 6 --epochs 30 --lr 3e-3 -o run", CELL
+    )
+    adapter = teaching.user_ns["run"].result(1).adapter
+    with nbrunner.LocalSwarm(in_process=True, servers=1, dtype="float32", adapters={"velmora": adapter}) as swarm:
+        model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(swarm.model, invite=swarm.invite)
+        teaching.user_ns["ours"] = model
+        try:
+            teaching.run_cell_magic(
+                "generate", "-m ours --adapter velmora -n 8 -o out", "The capital of Velmora is\n"
+            )
+            teaching.run_cell_magic("generate", "-m ours -n 8 -o without", "The capital of Velmora is\n")
+            with pytest.raises(UsageError, match="nothing-there"):
+                teaching.run_cell_magic("generate", "-m ours --adapter nothing-there", "text\n")
+        finally:
+            model.close()
+    assert "Rosa City" in teaching.user_ns["out"].text
+    assert "Rosa City" not in teaching.user_ns["without"].text
 
 
 def test_completion_and_help(teaching):

@@ -127,9 +127,10 @@ class LiveTuneCard:
                 told = work()
             except (NBRunnerError, TimeoutError, OSError) as error:
                 told = str(error)
-            if not self._end.is_set():
+            if told and not self._end.is_set():  # nothing to say must not hide what another button said meanwhile
                 self._note.value = told
 
+        self._note.value = ""
         threading.Thread(target=tell, name=f"nbrunner-tune-{name}", daemon=True).start()
 
     # -- shown ---------------------------------------------------------------------------------------------------

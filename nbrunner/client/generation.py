@@ -105,7 +105,7 @@ def start_generation(
 class GenerationRun:
     """One generation; `stream` runs it in the engine's event loop, `snapshot` shows it at any moment.
 
-    Parameters are those of `start_generation`.
+    Parameters are those of `start_generation`, and ``adapter``: one that servers serve by name, without a session.
     """
 
     def __init__(
@@ -118,7 +118,9 @@ class GenerationRun:
         session: Any = None,
         speculate: str | int = "off",
         draft: Any = None,
+        adapter: str | None = None,
     ) -> None:
+        self._adapter = adapter
         self._speculation = _speculation(model, sampling, speculate, draft)
         self.sampling = sampling
         if sampling.temperature > 0 and sampling.seed is None:
@@ -267,7 +269,8 @@ class GenerationRun:
         with contextlib.ExitStack() as stack:
             session = self._session
             if session is None and hasattr(self._model, "inference_session"):
-                session = stack.enter_context(self._model.inference_session())
+                named = {} if self._adapter is None else {"adapter": self._adapter}
+                session = stack.enter_context(self._model.inference_session(**named))
             self._running, self._lost_before = session, len(getattr(session, "lost", ()))
             stack.callback(self._forget_session)
 

@@ -26,6 +26,10 @@ from nbrunner.tuning.settings import Settings
 
 # bitsandbytes, which PEFT imports, complains about an optional package that nobody here needs
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# transformers, each time a trained prompt stands before a text to classify: our padding is where it expects it
+logging.getLogger("transformers.modeling_layers").addFilter(
+    lambda record: "will not detect padding tokens" not in record.getMessage()
+)
 
 
 @dataclass(frozen=True)
