@@ -9,7 +9,11 @@ import pkgutil
 import sys
 from pathlib import Path
 
-HELPERS = {"report", "models", "timing", "links", "page", "__main__"}
+from benchmarks.report import NotHereError
+
+HELPERS = {"report", "models", "gpu_models", "timing", "links", "page", "__main__"}
+
+EXIT_NOT_HERE = 1
 
 
 def names() -> list[str]:
@@ -29,14 +33,20 @@ def main() -> int:
     if not chosen:
         parser.print_help()
         return 0
+    code = 0
     for name in chosen:
-        with contextlib.redirect_stdout(sys.stderr):  # what libraries have to say is not part of the result
-            report = importlib.import_module(f"benchmarks.{name}").run()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # what libraries have to say is not part of the result
+                report = importlib.import_module(f"benchmarks.{name}").run()
+        except NotHereError as reason:
+            print(f"{name}: {reason}", file=sys.stderr)
+            code = code if arguments.names == ["all"] else EXIT_NOT_HERE
+            continue
         if arguments.json:
             print(report.to_json(), flush=True)
         else:
             report.print_table()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

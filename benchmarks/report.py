@@ -8,7 +8,11 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+
+
+class NotHereError(Exception):
+    """A benchmark that this machine has nothing to run on; says what is missing, in one line."""
 
 
 @dataclass
@@ -92,8 +96,19 @@ def machine() -> dict[str, object]:
         "machine": platform.machine(),
         "load": round(load, 2),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "hivemind", "nbrunner")},
+        **versions(("torch", "transformers", "hivemind", "nbrunner")),
     }
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Of the packages that are installed; not all benchmarks need all of them."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def interleaved(cases: Sequence[Callable[[], float]], rounds: int = 5) -> list[float]:

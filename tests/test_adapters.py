@@ -20,9 +20,8 @@ from nbrunner.blocks.adapters import (
     Lora,
     SpanAdapter,
     check_adapter,
-    pack_adapters,
-    take_adapters,
 )
+from nbrunner.blocks.adapters_wire import pack_adapters, take_adapters
 from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.lora import learned_in
 from nbrunner.blocks.span import BlockSpan

@@ -21,7 +21,7 @@ from test_peft_local import config, fill
 from transformers import AutoModelForCausalLM
 
 import nbrunner
-from nbrunner.blocks.adapters import manifest_of
+from nbrunner.blocks.adapters_wire import manifest_of
 from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.lora import learned_in
 from nbrunner.blocks.peft_files import find_adapter, load_peft_adapter

@@ -16,14 +16,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from ..errors import BadPeerDataError, UserInputError
-from ..protocol.frames import RawTensor
-from ..protocol.messages import AdapterManifest, AdapterPart, LoraPart
-from ..protocol.tensors import DTYPE_NAMES, pack, take
 from .compat import Conv1D
 from .quant_linear import QuantLinear
 
@@ -102,6 +98,10 @@ class BlockAdapter:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of names, scalings, dtypes, shapes and content. The tensors must not change any more."""
+        import msgspec
+
+        from ..protocol.tensors import DTYPE_NAMES, pack
+
         form = [(name, lora.scaling, lora.dropout) for name, lora in self.loras]
         shapes = [(name, DTYPE_NAMES[one.dtype], list(one.shape)) for name, one in self.tensors.items()]
         found = hashlib.sha256(msgspec.msgpack.encode((form, shapes)))
@@ -296,6 +296,8 @@ def _adapted(
 
 def _kept(inputs: Tensor, dropout: float, adapter: SpanAdapter, where: tuple[int, str, int]) -> Tensor:
     """0 where an input is dropped, else what makes up for those: each row by a generator of its own, on the CPU."""
+    import msgspec
+
     rows = []
     for row in range(adapter.first_row, adapter.first_row + inputs.shape[0]):
         name = msgspec.msgpack.encode((adapter.seed, *where, row))
@@ -363,66 +365,3 @@ def check_adapter(
                 f"the prompt of block {block} has the shape {shape}; [1 to {max_prompt}, "
                 f"{', '.join(map(str, hidden_shape))}] fits"
             )
-
-
-# -- on the wire ---------------------------------------------------------------------------------------------------
-
-
-def pack_adapters(adapters: Mapping[int, BlockAdapter]) -> tuple[list[AdapterPart], list[RawTensor]]:
-    """Adapters by block, as they are sent."""
-    parts, tensors = [], []
-    for block, one in sorted(adapters.items()):
-        loras = [LoraPart(name, lora.scaling, lora.dropout) for name, lora in one.loras]
-        parts.append(AdapterPart(block, loras, one.prompt is not None))
-        tensors += [pack(wire_name(block, name), tensor) for name, tensor in one.tensors.items()]
-    return parts, tensors
-
-
-def wire_name(block: int, name: str) -> str:
-    """Name in a frame of a tensor of a block's adapter, or of its gradient."""
-    return f"{PROMPT}.{block}" if name == PROMPT else f"lora.{block}.{name}"
-
-
-def take_adapters(parts: Sequence[AdapterPart], tensors: Mapping[str, RawTensor]) -> dict[int, BlockAdapter]:
-    """Adapters from a frame, by block. `BadPeerDataError` unless form, dtypes and numbers are right.
-
-    Whether they fit the blocks is for `check_adapter`.
-    """
-    found: dict[int, BlockAdapter] = {}
-    used = set()
-
-    def one(block: int, name: str) -> Tensor:
-        used.add(wire_name(block, name))
-        # no two dimensions but of a prompt of a model whose states have more than one
-        return take(tensors, wire_name(block, name), dtype=DTYPES, shape=[None, None, -1])
-
-    for part in parts:
-        if part.block in found:
-            raise BadPeerDataError(f"block {part.block} has two adapters in one message")
-        modules: dict[str, list[Lora]] = {}
-        for index, lora in enumerate(part.loras):
-            a, b = one(part.block, f"{index}.a"), one(part.block, f"{index}.b")
-            modules.setdefault(lora.module, []).append(Lora(a, b, lora.scaling, lora.dropout))
-        prompt = one(part.block, PROMPT) if part.prompt else None
-        found[part.block] = BlockAdapter({name: tuple(loras) for name, loras in modules.items()}, prompt)
-        if [lora.module for lora in part.loras] != [name for name, _ in found[part.block].loras]:
-            raise BadPeerDataError(f"the adapter of block {part.block} is not in the order of its modules' names")
-        if not modules and prompt is None:
-            raise BadPeerDataError(f"the adapter of block {part.block} changes nothing")
-    if set(tensors) - used:
-        raise BadPeerDataError(f"tensor {min(set(tensors) - used)!r} belongs to no adapter")
-    return found
-
-
-def manifest_of(
-    name: str, model: str, num_blocks: int, blocks: Mapping[int, BlockAdapter], author: str = ""
-) -> AdapterManifest:
-    """The manifest of an adapter of these blocks."""
-    return AdapterManifest(
-        name,
-        model,
-        [blocks[block].digest if block in blocks else b"" for block in range(num_blocks)],
-        max(one.rank for one in blocks.values()),
-        sorted({module.rpartition(".")[2] for one in blocks.values() for module in one.modules})[:64],
-        author,
-    )

@@ -30,6 +30,7 @@ from .batching_attention import Segment, attention_configs, joined_attention
 from .batching_caches import PackedCache, PaddedCache, state_shapes
 from .cache import SpanCache
 from .edits import Edits
+from .host_copies import to_device
 from .passes import SpanOutput
 from .span import BlockSpan
 
@@ -46,7 +47,10 @@ _Own = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class SpanStep:
-    """One session's step through all blocks of its cache; arguments as of `BlockSpan.forward`."""
+    """One session's step through all blocks of its cache; arguments as of `BlockSpan.forward`.
+
+    Its tensors may lie in this machine's memory: those of all steps go to a GPU in one copy.
+    """
 
     hidden: Tensor
     cache: SpanCache
@@ -205,7 +209,7 @@ class Batcher:
                     begin,
                     step.rows,
                     step.tokens,
-                    mask.to(device, torch.bool) if hides and mask is not None else None,
+                    to_device(mask, device, torch.bool) if hides and mask is not None else None,
                 )
             )
             begin = segments[-1].end
@@ -218,7 +222,7 @@ class Batcher:
         places = [(segment.begin, segment.end) for segment in segments]
 
         def joined(parts: Sequence[Tensor]) -> Tensor:
-            return torch.cat([part.to(device).flatten(0, 1).unsqueeze(0) for part in parts], 1)
+            return to_device(torch.cat([part.flatten(0, 1).unsqueeze(0) for part in parts], 1), device)
 
         def own(whole: Tensor, index: int) -> Tensor:
             step, (first, end) = steps[index], places[index]
@@ -237,10 +241,10 @@ class Batcher:
         for step in steps:
             length = step.cache.length + step.tokens
             mask = torch.ones(step.rows, length) if step.attention_mask is None else step.attention_mask
-            masks.append(nn.functional.pad(mask.to(device, torch.bool), (longest - length, 0)))
+            masks.append(nn.functional.pad(mask.bool(), (longest - length, 0)))
 
         def joined(parts: Sequence[Tensor]) -> Tensor:
-            return torch.cat([part.to(device) for part in parts])
+            return to_device(torch.cat(list(parts)), device)
 
         def own(whole: Tensor, index: int) -> Tensor:
             first, end = places[index]
@@ -259,7 +263,7 @@ class Batcher:
         adapting: Adapting | None,
     ) -> list[SpanOutput]:
         output = self.span.forward_joined(
-            joined([step.hidden.to(self.span.device, self.span.dtype) for step in steps]),
+            joined([step.hidden.to(self.span.dtype) for step in steps]),
             cache,
             attention_mask=mask,
             position_ids=joined([step.positions() for step in steps]),

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import BadPeerDataError, UserInputError
-from ..protocol.frames import RawTensor
-from ..protocol.messages import EditOp
-from ..protocol.tensors import pack, take
+
+if TYPE_CHECKING:
+    from ..protocol.frames import RawTensor
+    from ..protocol.messages import EditOp
 
 PREFIX = "edit."
 MAX_BYTES = 16 << 20
@@ -71,6 +73,8 @@ class Edits:
 
     def pull_back(self, grad: Tensor, layer: int, position: int = 0) -> Tensor:
         """Gradient with respect to the state before its edits, from that with respect to the state after them."""
+        from ..protocol.messages import EditOp
+
         for op in reversed(self.ops):
             if op.layer != layer or op.kind == "add":
                 continue
@@ -81,6 +85,8 @@ class Edits:
 
     def packed(self, start: int, end: int) -> tuple[list[EditOp], list[RawTensor]]:
         """What is sent to a server that runs blocks ``[start, end)``."""
+        from ..protocol.tensors import pack
+
         some = self.within(start, end)
         return list(some.ops), [pack(f"{PREFIX}{index}", vector) for index, vector in some.vectors.items()]
 
@@ -139,6 +145,8 @@ def take_edits(
     rows: int | None,
 ) -> Edits:
     """Edits from a frame, for whoever runs blocks ``[start, end)``. `BadPeerDataError` unless they can be made."""
+    from ..protocol.tensors import take
+
     names = {f"{PREFIX}{op.vector}" for op in ops if op.vector is not None}
     extra = [name for name in tensors if name.startswith(PREFIX) and name not in names]
     if extra:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UserInputError
 from .adapters import RowAdapters, SpanAdapter
+from .host_copies import to_host
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ class SpanOutput:
     hidden: Tensor
     carry: dict[int, Tensor] = field(default_factory=dict)
     collected: list[Tensor] = field(default_factory=list)
+
+
+def outputs_on_host(outputs: Sequence[SpanOutput]) -> list[SpanOutput]:
+    """The same in this machine's memory; a GPU is waited for once."""
+    tensors = to_host([one for out in outputs for one in (out.hidden, *out.carry.values(), *out.collected)])
+    found = []
+    for output in outputs:
+        hidden, *rest = tensors[: 1 + len(output.carry) + len(output.collected)]
+        tensors = tensors[1 + len(rest) :]
+        carry = dict(zip(output.carry, rest[: len(output.carry)], strict=True))
+        found.append(SpanOutput(hidden, carry, rest[len(carry) :]))
+    return found
 
 
 @dataclass(frozen=True)

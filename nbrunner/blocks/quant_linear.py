@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserInputError
+from .compat import Conv1D
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,27 @@ OUTPUTS = 64
 GROUP = 32
 """Weights that share a scale in int4. 32 has half the error of 128 for 0.1 bytes more a weight."""
 
+LEAST_WEIGHTS = 1 << 14
+"""Layers with fewer weights stay as they are: routers of experts, gates. They are small, errors in them are not."""
+
 KERNEL_DTYPE = torch.bfloat16
 _TRIES = 7  # the best of so many: on a busy machine a single one may be ten times too long
 _TRIED_ROWS = (1, 4, 16, 64, 256)
 _ALLOWED_ERROR = 0.02  # of the product, relative: bfloat16's own rounding is 0.004
+
+
+def is_quantizable(layer: nn.Module) -> bool:
+    """Whether a layer is replaced: a linear one, large enough, of a shape that the kernels take."""
+    if not isinstance(layer, (nn.Linear, Conv1D)) or layer.weight.numel() < LEAST_WEIGHTS:
+        return False
+    outputs, inputs = weight_shape(layer)
+    return inputs % GROUP == 0 and outputs % OUTPUTS == 0
+
+
+def weight_shape(layer: Any) -> tuple[int, int]:
+    """(outputs, inputs): Conv1D keeps its weight the other way round."""
+    first, second = layer.weight.shape
+    return (second, first) if isinstance(layer, Conv1D) else (first, second)
 
 
 class QuantLinear(nn.Module):

@@ -29,12 +29,9 @@ from .checkpoint import Checkpoint
 from .compat import Conv1D
 from .examine import Architecture
 from .loading import load_span_model
-from .quant_linear import CPU_KINDS, GROUP, OUTPUTS, QuantLinear, choose_kernel_rows
+from .quant_linear import CPU_KINDS, GROUP, QuantLinear, choose_kernel_rows, is_quantizable, weight_shape
 
 logger = logging.getLogger(__name__)
-
-LEAST_WEIGHTS = 1 << 14
-"""Layers with fewer weights stay as they are: routers of experts, gates. They are small, errors in them are not."""
 
 _FORMAT = "1"
 _ALIGNMENT = 64
@@ -55,14 +52,6 @@ def check_kind(kind: str, device: torch.device) -> None:
 def bytes_per_weight(kind: str, dtype: torch.dtype) -> float:
     """Of a quantised layer; for choosing how many blocks fit."""
     return _BITS[kind] / 8 if kind != "none" else float(dtype.itemsize)
-
-
-def is_quantizable(layer: nn.Module) -> bool:
-    """Whether a layer is replaced: a linear one, large enough, of a shape that the kernels take."""
-    if not isinstance(layer, (nn.Linear, Conv1D)) or layer.weight.numel() < LEAST_WEIGHTS:
-        return False
-    outputs, inputs = _shape(layer)
-    return inputs % GROUP == 0 and outputs % OUTPUTS == 0
 
 
 def load_quantized(
@@ -217,14 +206,8 @@ def _use_kernels(model: Any) -> None:
 
 
 def _empty(layer: Any, kind: type[QuantLinear], dtype: torch.dtype) -> QuantLinear:
-    outputs, inputs = _shape(layer)
+    outputs, inputs = weight_shape(layer)
     return kind(inputs, outputs, layer.bias, dtype)
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    """(outputs, inputs): Conv1D keeps its weight the other way round."""
-    first, second = layer.weight.shape
-    return (second, first) if isinstance(layer, Conv1D) else (first, second)
 
 
 def _block(model: Any, block: int) -> nn.Module:

@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint
 from .compat import Conv1D
 from .examine import Architecture
 from .loading import load_span_model
+from .quant_linear import is_quantizable
 
 
 def load_on_gpu(
@@ -27,16 +28,19 @@ def load_on_gpu(
     UserInputError
         bitsandbytes is not installed, or not for this GPU.
     """
-    from .quantize import is_quantizable
-
     model, architecture = load_span_model(checkpoint, start, end, dtype=dtype)
     for block in range(start, end):
         layers = model.nbrunner_layers.originals[block]
-        found = [(name, one) for name, one in layers.named_modules() if is_quantizable(one)]
-        for name, layer in found:
-            path, _, last = name.rpartition(".")
-            setattr(layers.get_submodule(path), last, _bitsandbytes(layer, kind, dtype).to(device))
+        quantize_block(layers, kind, dtype=dtype, device=device)
     return model.to(device), architecture
+
+
+def quantize_block(block: nn.Module, kind: str, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Put bitsandbytes' layers, packed on a GPU, in place of the linear layers of a block."""
+    found = [(name, one) for name, one in block.named_modules() if is_quantizable(one)]
+    for name, layer in found:
+        path, _, last = name.rpartition(".")
+        setattr(block.get_submodule(path), last, _bitsandbytes(layer, kind, dtype).to(device))
 
 
 def _bitsandbytes(layer: Any, kind: str, dtype: torch.dtype) -> nn.Module:

@@ -23,10 +23,10 @@ from .architecture import EndOfRun, Opaque, accepted_arguments, text_config
 from .cache import SpanCache
 from .checkpoint import Checkpoint
 from .edits import Edits
+from .host_copies import to_device
 from .huge_pages import onto_huge_pages
 from .loading import as_dtype, load_span_model
 from .passes import KeptPass, Leaves, SavedBytes, SpanGradient, SpanOutput
-from .quantize import load_quantized
 
 
 @dataclass
@@ -139,6 +139,8 @@ class BlockSpan:
         if quantize == "none":
             model, architecture = load_span_model(checkpoint, start, end, dtype=dtype, device=device)
         else:
+            from .quantize import load_quantized
+
             chosen = as_dtype(dtype, checkpoint.config)
             model, architecture = load_quantized(checkpoint, start, end, quantize, dtype=chosen, device=device)
         onto_huge_pages(model)
@@ -183,7 +185,7 @@ class BlockSpan:
             Of the session; the tokens are appended to it. A step may be run in several calls over consecutive parts
             of the cache's range: its position moves when its last block has run.
         attention_mask : Tensor, optional
-            2D, bool or integer, ``[batch, past + tokens]``, 0 where there is padding.
+            2D, bool or integer, ``[batch, past + tokens]``, 0 where there is padding; in this machine's memory.
         position_ids : Tensor, optional
             ``[batch or 1, tokens]``. Without them the architecture's own default, as in the plain model.
         start, end : int, optional
@@ -459,7 +461,7 @@ class BlockSpan:
         edits: Edits | None,
         adapting: Adapting | None,
     ) -> _Run:
-        hidden = hidden.to(self.device, self.dtype)
+        hidden = to_device(hidden, self.device, self.dtype)
         batch, tokens = hidden.shape[:2]
         # Zeros, never the real tensor: some outer models scale their embeddings in place.
         zeros = hidden.new_zeros(batch, tokens, self.architecture.embedding_width)
@@ -469,12 +471,12 @@ class BlockSpan:
         if "attention_mask" in self._accepts:
             arguments["attention_mask"] = _plain_mask(attention_mask, self.device)
         if position_ids is not None and "position_ids" in self._accepts:
-            arguments["position_ids"] = position_ids.to(self.device, torch.long)
+            arguments["position_ids"] = to_device(position_ids, self.device, torch.long)
         if cache is not None:
             arguments["past_key_values"] = cache
         for rope in self._rope:
             rope.restore()
-        moved = {part: tensor.to(self.device) for part, tensor in carry.items()}
+        moved = {part: to_device(tensor, self.device) for part, tensor in carry.items()}
         past = cache.length if cache is not None else 0
         self._run = run = _Run(hidden, moved, start, end, [] if collect else None, edits, adapting, past)
         part_of_cache = cache is not None and (start, end) != (cache.start, cache.end)
@@ -577,10 +579,13 @@ def _result(run: _Run) -> Tensor:
 
 
 def _plain_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """The 2D mask as transformers takes it; None when it hides nothing: faster, and what ``generate`` does."""
+    """The 2D mask as transformers takes it; None when it hides nothing: faster, and what ``generate`` does.
+
+    It is looked at before it is moved: a look at what lies on a GPU waits for the GPU.
+    """
     if mask is None or bool((mask != 0).all()):
         return None
-    return mask.to(device, torch.long)
+    return to_device(mask, device, torch.long)
 
 
 def _floating_dtype(layer: nn.Module) -> torch.dtype:

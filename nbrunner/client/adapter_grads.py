@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import msgspec
 import torch
 
-from nbrunner.blocks.adapters import SpanAdapter, wire_name
+from nbrunner.blocks.adapters import SpanAdapter
+from nbrunner.blocks.adapters_wire import wire_name
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, Limits
 from nbrunner.protocol.tensors import take

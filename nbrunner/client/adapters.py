@@ -6,7 +6,8 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Iterator
 
-from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter, pack_adapters
+from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter
+from nbrunner.blocks.adapters_wire import pack_adapters
 from nbrunner.client.request_streams import RequestStreams
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, SessionError, UserInputError
 from nbrunner.protocol.identity import short_peer

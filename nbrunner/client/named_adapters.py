@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter, manifest_of
+from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter
+from nbrunner.blocks.adapters_wire import manifest_of
 from nbrunner.blocks.lora import Learned
 from nbrunner.client.adapters import AdapterSender
 from nbrunner.client.connection import SwarmConnection

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter, check_adapter, take_adapters
+from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter, check_adapter
+from nbrunner.blocks.adapters_wire import take_adapters
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import BadPeerDataError, PeerRefusedError
 from nbrunner.protocol.frames import RawTensor

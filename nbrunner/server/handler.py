@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from nbrunner.blocks.adapters import SpanAdapter, wire_name
+from nbrunner.blocks.adapters import SpanAdapter
+from nbrunner.blocks.adapters_wire import wire_name
 from nbrunner.blocks.edits import Edits, take_edits
 from nbrunner.blocks.passes import KeptPass, SpanGradient, SpanOutput, TooMuchToKeepError
 from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, PeerUnreachableError, UserInputError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nbrunner.blocks.adapters import BlockAdapter, manifest_of
+from nbrunner.blocks.adapters import BlockAdapter
+from nbrunner.blocks.adapters_wire import manifest_of
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
 from nbrunner.protocol.manifests import encode_manifest, open_manifest, uid_of
 from nbrunner.protocol.messages import AdapterInfo, AdapterUse, OfferAdapter

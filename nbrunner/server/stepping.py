@@ -12,7 +12,7 @@ from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.batching import SpanStep
 from nbrunner.blocks.cache import SpanCache
 from nbrunner.blocks.edits import Edits
-from nbrunner.blocks.passes import SpanOutput
+from nbrunner.blocks.passes import SpanOutput, outputs_on_host
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.messages import CacheOp, Step
 from nbrunner.server.inputs import CARRY, Inputs, take_inputs
@@ -109,7 +109,6 @@ class PartWork:
         BadPeerDataError, UserInputError
             Before or after `applied`, but with the caches as they were.
         """
-        span = self.host.span
         if self.ended():
             self._done = self.plan.end - self.plan.begin
             return None
@@ -122,11 +121,11 @@ class PartWork:
         window = slice(self._done, self._done + count)
         upto = self.plan.begin + self._done + inputs.hidden[:, window].shape[1]
         return SpanStep(
-            inputs.hidden[:, window].to(span.device),
+            inputs.hidden[:, window],
             self.memory.cache,
-            None if inputs.mask is None else inputs.mask[:, :upto].to(span.device),
-            None if inputs.positions is None else inputs.positions[:, window].to(span.device),
-            {index: tensor[:, window].to(span.device) for index, tensor in inputs.carry.items()},
+            None if inputs.mask is None else inputs.mask[:, :upto],
+            None if inputs.positions is None else inputs.positions[:, window],
+            {index: tensor[:, window] for index, tensor in inputs.carry.items()},
             self.part.capture,
             self.edits,
             self.adapter,
@@ -157,13 +156,13 @@ class PartWork:
             )
 
     def record(self, output: SpanOutput) -> None:
-        """What came out of the step."""
+        """What came out of the step, in this machine's memory."""
         outputs = {"hidden": output.hidden.to(self.host.span.dtype)}
         outputs.update({f"{CARRY}{index}": tensor for index, tensor in output.carry.items()})
         self.memory.transcript.append(outputs)
         self._done += output.hidden.shape[1]
         if self.part.capture:
-            self._states.append(torch.stack([state.cpu() for state in output.collected]))
+            self._states.append(torch.stack(output.collected))
         if not self.tokens:
             self.computed = True
             self.captured = torch.cat(self._states, 2) if self._states else None
@@ -189,7 +188,7 @@ def run_parts(host: Host, chosen: Sequence[tuple[PartWork, int]]) -> list[Except
             else:
                 if step is not None:
                     steps[index] = step
-        outcomes = host.batcher.forward(list(steps.values()))
+        outcomes = _fetched(host.batcher.forward(list(steps.values())))
         for index, outcome in zip(steps, outcomes, strict=True):
             chosen[index][0].started = True
             if isinstance(outcome, Exception):
@@ -200,3 +199,13 @@ def run_parts(host: Host, chosen: Sequence[tuple[PartWork, int]]) -> list[Except
             except Exception as error:  # noqa: BLE001 - for its session to answer
                 problems[index] = error
     return problems
+
+
+def _fetched(outcomes: Sequence[SpanOutput | Exception]) -> Sequence[SpanOutput | Exception]:
+    """The same in this machine's memory. What went wrong on a GPU during the pass comes out here, for all steps."""
+    outputs = [one for one in outcomes if isinstance(one, SpanOutput)]
+    try:
+        arrived = iter(outputs_on_host(outputs))
+    except Exception as error:  # noqa: BLE001 - for their sessions to answer
+        return [error if isinstance(one, SpanOutput) else one for one in outcomes]
+    return [next(arrived) if isinstance(one, SpanOutput) else one for one in outcomes]
