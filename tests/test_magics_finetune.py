@@ -15,7 +15,7 @@ import nbrunner
 from nbrunner.magics.finetune import alone, unquoted
 from nbrunner.tuning.history import History, Mark
 from nbrunner.tuning.hooks import Participant
-from nbrunner.tuning.run import Progress
+from nbrunner.tuning.progress import Progress
 from nbrunner.tuning.samples import Answers
 from nbrunner.widgets.tune_card import TuneCard, card_of
 from nbrunner.widgets.tune_curve import described, thinned
@@ -207,6 +207,21 @@ def test_the_picture_is_a_picture(narrow):
     assert len(root.findall(".//{http://www.w3.org/2000/svg}polyline")) >= 4
     assert ElementTree.fromstring(a_card(history=History()).svg(narrow=narrow)) is not None
     assert described(History()) == "No step yet."
+
+
+def test_marks_that_are_near_each_other_share_a_sign():
+    history = History()
+    for step in range(1, 60):
+        history.learned(step, 1.0, lr=1e-3)
+    history.marks += [Mark(8, "lr", "one"), Mark(8, "lr", "two"), Mark(9, "error", "three"), Mark(50, "lr", "four")]
+    root = ElementTree.fromstring(a_card(history=history).svg())
+    groups = root.findall("{http://www.w3.org/2000/svg}g")
+    assert [one.find("{http://www.w3.org/2000/svg}title").text for one in groups] == [
+        "step 8: one; step 8: two; step 9: three",
+        "step 50: four",
+    ]
+    assert [one.find("{http://www.w3.org/2000/svg}text").text for one in groups] == ["▼ lr ✖", "▼ lr"]
+    assert [len(one.findall("{http://www.w3.org/2000/svg}line")) for one in groups] == [2, 1]
 
 
 def test_a_long_curve_keeps_its_peaks():

@@ -68,6 +68,28 @@ def test_two_runs_teach_one_adapter(model, tmp_path, method):
         torch.testing.assert_close(saved[0][name], saved[1][name], rtol=1e-5, atol=1e-6)
 
 
+def test_stop_ends_the_wait_for_the_others(model, tmp_path):
+    first = begin(model, tmp_path, "Ada", FACTS[:2], together_options={"farewell": 600.0}, max_steps=6)
+    first.pause()  # it would be through before the other has joined
+    second = begin(model, tmp_path, "Grace", FACTS[2:], max_steps=100_000)
+    try:
+        first.resume()
+        wait_until(lambda: "waiting for the others" in first.progress.note, 60, what="all its steps")
+        assert first.step == 6
+        with pytest.raises(TimeoutError):
+            first.result(2)
+        first.stop()
+        result = first.result(30)
+        assert (result.state, result.steps) == ("done", 6)
+        assert (result.adapter / "adapter_model.safetensors").is_file()
+        step = second.step
+        wait_until(lambda: second.step > step + 6, 60, what="the other goes on")
+    finally:
+        for run in (first, second):
+            run.stop()
+            run.result(60)
+
+
 def test_another_rank_under_the_same_name_is_refused_before_anything_starts(model, tmp_path):
     first = begin(model, tmp_path, "Ada", FACTS[:2], rank=4, max_steps=10_000)
     try:

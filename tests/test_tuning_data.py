@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,9 @@ def test_pandas_and_datasets():
         read_examples(pandas.DataFrame({"text": ["a", float("nan")]}))
     with pytest.raises(UserInputError, match="row 1 of data has no label"):
         read_examples(pandas.DataFrame({"text": ["a", "b"], "label": [0, None]}), labelled=True)
+
+
+def test_a_dataset():
     datasets = pytest.importorskip("datasets")
     assert len(read_examples(datasets.Dataset.from_list(FACTS))) == len(FACTS)
     with pytest.raises(UserInputError, match="mapping with 'train'"):
@@ -113,6 +117,7 @@ def test_bad_rows(data, words):
         ([{"text": "a"}], "row 0 of data has 'text'; to classify, each row needs 'text' and 'label'"),
         (["a"], "row 0 of data is str 'a', not"),
         ([{"text": "a", "label": 0.5}], "has float 0.5 as its label"),
+        ([{"text": "a", "label": 1.0}, {"text": "b", "label": math.nan}], "row 1 of data has no label"),
         ([{"text": "a", "label": None}], "as its label; a label is a name or a whole number"),
         (
             [{"text": "a", "label": "x"}, {"text": "b", "label": 1}],

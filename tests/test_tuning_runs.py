@@ -16,8 +16,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from helpers import ROOT, wait_until
-from inprocess_swarm import InProcessSwarm, spoiled
+from inprocess_swarm import InProcessSwarm, changed_results, spoiled
 from tuning_models import (
     FACTS,
     REVIEWS,
@@ -31,9 +32,14 @@ from tuning_models import (
 )
 
 import nbrunner
+from nbrunner.client.generation import GenerationRun
+from nbrunner.client.sampling import Sampling
 from nbrunner.errors import NBRunnerError, SessionError, TrainingError, UserInputError
 from nbrunner.tuning.hooks import Participant
 from nbrunner.tuning.run import TrainingRun
+from nbrunner.tuning.samples import answer
+from nbrunner.tuning.taught import TaughtModel
+from nbrunner.tuning.trainer import RunTrainer
 
 __all__ = ["distributed", "tokenizer", "two_spans"]
 
@@ -88,6 +94,9 @@ class PauseAt:
 
     def complete(self, parameters: Any) -> None:
         self.calls.append("complete")
+
+    def stops(self) -> None:
+        self.calls.append("stops")
 
     def waits(self, paused: bool) -> None:
         self.calls.append("waits" if paused else "goes on")
@@ -344,6 +353,95 @@ def test_the_only_server_of_some_blocks_fails_and_another_comes(begin, tmp_path,
         swarm.close()
 
 
+def test_a_server_without_memory_pauses_it_with_its_checkpoint(begin, distributed, two_spans):
+    hook = PauseAt(2)
+    run = begin(distributed, method="lora", hooks=[hook])
+    hook.run = run
+    run.control.wait_for(lambda state: state == "paused", 60)
+
+    def full(result: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with changed_results(two_spans.servers[1], full):
+        run.resume()
+        with pytest.raises(
+            TrainingError, match=r"paused before step 3: .*no memory for this request now; send fewer"
+        ):
+            run.result(60)
+        assert run.folder.last_checkpoint.name == "checkpoint-000002"
+        assert "checkpoint-000002" in run.progress.error
+    run.resume()
+    assert run.result(60).steps == 6
+    straight = begin(distributed, method="lora")
+    straight.result(60)
+    assert_same_losses(run, straight, within=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "p-tuning", "deep-prompt"])
+def test_what_was_taught_generates_before_it_is_saved(begin, distributed, tokenizer, method):
+    hook = PauseAt(3)
+    run = begin(distributed, method=method, hooks=[hook], max_steps=30, lr=5e-2)
+    hook.run = run
+    assert run.control.wait_for(lambda state: state == "paused", 60)
+    prompt = FACTS[0]["prompt"]
+    generation = GenerationRun(TaughtModel(run), run.tokenizer, prompt, Sampling(max_new_tokens=6))
+    text = asyncio.run(_text(generation))
+    assert not (run.folder.path / "adapter").exists()
+    run.stop()
+    adapter = run.result(30).adapter
+    if method == "deep-prompt":  # PEFT knows nothing of these
+        with run.held() as taught:
+            assert text == answer(taught, tokenizer, prompt, new_tokens=6)
+        return
+    here = peft.PeftModel.from_pretrained(plain(), adapter)
+    ids = tokenizer(prompt, return_tensors="pt")
+    expected = here.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+async def _text(generation: Any) -> str:
+    return "".join([str(token) async for token in generation.stream()])
+
+
+def test_it_is_offered_used_by_others_and_withdrawn(begin, tmp_path, tokenizer):
+    swarm = InProcessSwarm(TINY)
+    swarm.add(0, 4, accept_adapters=True)
+    swarm.add(4, 8, accept_adapters=True)
+    model, other = (
+        nbrunner.AutoDistributedModelForCausalLM.from_pretrained(TINY, invite=swarm.invite) for _ in range(2)
+    )
+    try:
+        swarm.seen_by(model)
+        swarm.seen_by(other)
+        hook = PauseAt(3)
+        run = begin(model, method="lora", lr=2e-2, hooks=[hook], max_steps=30)
+        hook.run = run
+        assert run.control.wait_for(lambda state: state == "paused", 60)
+        offer = run.offer("velmora")
+        assert len(offer.accepted) == 2
+        assert not offer.missing
+        ids = tokenizer(FACTS[0]["prompt"], return_tensors="pt")
+        greedy: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+        with run.held() as taught:
+            expected = taught.generate(**ids, **greedy)
+        assert not torch.equal(expected, other.generate(**ids, **greedy))
+        assert torch.equal(other.generate(**ids, **greedy, adapter="velmora"), expected)
+        assert len(run.withdraw(offer.uid)) == 2
+        run.stop()
+        shallow = begin(model, max_steps=1)
+        with pytest.raises(UserInputError, match="this run also teaches a prompt in front of the text"):
+            shallow.offer("velmora")
+        local = begin(plain(), method="lora", max_steps=1)
+        with pytest.raises(UserInputError, match="there is no swarm to offer it to"):
+            local.offer("velmora")
+        run.result(30)
+        shallow.result(30)
+    finally:
+        model.close()
+        other.close()
+        swarm.close()
+
+
 def test_a_loss_that_is_no_number_ends_it_with_its_checkpoint(begin, distributed):
     hook = PauseAt(2)
     run = begin(distributed, hooks=[hook])
@@ -402,6 +500,39 @@ def test_two_runs_at_once_and_one_of_them_accumulates(begin, distributed):
     alone = begin(distributed, max_steps=5, gradient_accumulation=3)
     alone.result(60)
     assert_same_losses(two, alone, within=1e-6)
+
+
+def test_trainers_of_the_notebook_do_not_disturb_it(begin, distributed, tmp_path):
+    """What accelerate keeps for the process is forgotten whenever anybody makes TrainingArguments."""
+    hook = PauseAt(2)
+    run = begin(distributed, hooks=[hook], eval_data=FACTS[:2], eval_every=2)
+    hook.run = run
+    assert run.control.wait_for(lambda state: state == "paused", 60)
+    transformers.TrainingArguments(output_dir=str(tmp_path / "other"), use_cpu=True, report_to=[])
+    run.resume()
+    run.result(60)
+    alone = begin(distributed, eval_data=FACTS[:2], eval_every=2)
+    alone.result(60)
+    assert_same_losses(run, alone, within=1e-6)
+
+
+def test_a_pause_in_an_evaluation_has_its_checkpoint_too(begin, distributed):
+    """A step after which both are due is evaluated first, and may wait there."""
+    predict = RunTrainer.prediction_step
+
+    def pausing(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.run.step == 4:
+            trainer.run.pause()
+        return predict(trainer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunTrainer, "prediction_step", pausing)
+        run = begin(distributed, eval_data=FACTS, eval_every=4, checkpoint_every=2)
+        assert run.control.wait_for(lambda state: state == "paused", 60)
+        wait_until(lambda: run.progress.checkpoint == "checkpoint-000004", 10)
+    assert run.checkpoint().result(10).name == "checkpoint-000004"
+    run.resume()
+    assert run.result(60).steps == 6
 
 
 def test_what_the_notebook_draws_at_random_is_its_own(begin, distributed):

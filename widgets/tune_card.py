@@ -20,7 +20,8 @@ from nbrunner.widgets.page import page, plain_table, state, table, text
 from nbrunner.widgets.tune_curve import curve_svg
 
 if TYPE_CHECKING:
-    from nbrunner.tuning.run import Progress, TrainingRun
+    from nbrunner.tuning.progress import Progress
+    from nbrunner.tuning.run import TrainingRun
 
 _SIGNS = {
     "starting": "◐ starting",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from nbrunner.client.svg import label, picture, words
-from nbrunner.tuning.history import History
+from nbrunner.tuning.history import History, Mark
 
 Curve = Sequence[tuple[int, float]]
 
@@ -15,6 +15,9 @@ _POINTS = 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 46, 34
 _STRIP, _GAP = 34, 26
 """Heights of the learning rate's own plot, and of the room above it."""
+_SIGNS = {"lr": "▼ lr", "error": "✖", "resumed": "▶"}
+_APART = 36
+"""Marks that are nearer to each other share a sign."""
 
 
 def curve_svg(history: History, *, steps: int, title: str, narrow: bool = False) -> str:
@@ -153,17 +156,30 @@ def _legend(narrow: bool, evaluated: bool) -> str:
 
 def _marks(history: History, across: _Scale, plot: float, height: float) -> str:
     """A dashed line through both plots, and a sign above it; what it was is said when it is pointed at."""
-    signs = {"lr": "▼ lr", "error": "✖", "resumed": "▶"}
+    groups: list[list[Mark]] = []
+    for mark in sorted((one for one in history.marks if one.kind in _SIGNS), key=lambda one: one.step):
+        if groups and across(mark.step) - across(groups[-1][0].step) < _APART:
+            groups[-1].append(mark)  # their signs would stand on each other
+        else:
+            groups.append([mark])
     parts = []
-    for mark in history.marks:
-        if mark.kind in signs:
-            x, kind = across(mark.step), "bad" if mark.kind == "error" else "soft"
-            parts.append(
-                f"<g><title>{label(f'step {mark.step}: {mark.text}')}</title><line x1='{x:.1f}' x2='{x:.1f}' "
-                f"y1='{_TOP - 4}' y2='{height - _BOTTOM}' class='nbp-{kind}-line' stroke-dasharray='3 3'/>"
-                + words(x, _TOP - 6, signs[mark.kind], kind=f"small {kind}-fill", anchor="middle")
-                + "</g>"
-            )
+    for group in groups:
+        kinds = dict.fromkeys(mark.kind for mark in group)
+        kind = "bad" if "error" in kinds else "soft"
+        told = "; ".join(f"step {mark.step}: {mark.text}" for mark in group)
+        lines = "".join(
+            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{_TOP - 4}' y2='{height - _BOTTOM}' class='nbp-{kind}-line' "
+            "stroke-dasharray='3 3'/>"
+            for x in dict.fromkeys(across(mark.step) for mark in group)
+        )
+        sign = words(
+            across(group[0].step),
+            _TOP - 6,
+            " ".join(_SIGNS[one] for one in kinds),
+            kind=f"small {kind}-fill",
+            anchor="middle",
+        )
+        parts.append(f"<g><title>{label(told)}</title>{lines}{sign}</g>")
     return "".join(parts)
 
 

@@ -70,7 +70,7 @@ class LiveTuneCard:
 
         self._buttons = {
             name: ipywidgets.Button(
-                description=name.capitalize(), icon=_ICONS[name], tooltip=hint, layout={"width": "118px"}
+                description=name.capitalize(), icon=_ICONS[name], tooltip=hint, layout={"width": "106px"}
             )
             for name, hint in _HINTS.items()
         }
@@ -92,8 +92,10 @@ class LiveTuneCard:
         self._slider.observe(self._slid, names=["value"])
         self._note = ipywidgets.Label("")
         row = ipywidgets.HBox([*self._buttons.values()], layout={"flex_flow": "row wrap"})
-        self._box = ipywidgets.VBox([row, self._slider, self._note])
-        self._row = row
+        # beside the slider: a line of its own would be an empty one most of the time
+        told = ipywidgets.HBox([self._slider, self._note], layout={"flex_flow": "row wrap"})
+        self._box = ipywidgets.VBox([row, told])
+        self._rows = (row, told)
         self._enable()
         bundle = {**self._box._repr_mimebundle_(), "text/plain": ""}
         self._controls = display(bundle, raw=True, display_id=True)
@@ -173,7 +175,7 @@ class LiveTuneCard:
         self._body.update({"text/html": card.body_html(), "text/plain": ""}, raw=True)
         self._answers.update(_html(page(card.samples_html(), card.table_html())), raw=True)
         self._controls.update(_html("<div></div>"), raw=True)
-        for widget in (self._box, self._row, self._slider, self._note, *self._buttons.values()):
+        for widget in (self._box, *self._rows, self._slider, self._note, *self._buttons.values()):
             for part in ("style", "layout"):
                 if hasattr(widget, part):
                     getattr(widget, part).close()

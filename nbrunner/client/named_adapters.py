@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter
 from nbrunner.blocks.adapters_wire import manifest_of
@@ -22,6 +24,10 @@ from nbrunner.protocol.messages import (
     OfferAdapter,
     WithdrawAdapter,
 )
+from nbrunner.swarm.directory import SwarmView
+
+ANNOUNCED_SECONDS = 10.0
+"""Until a server's record says what it has begun to serve; they change it a second or two later."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,10 @@ class NamedAdapters:
         return Learned(SpanAdapter(blocks, uid=one.uid), {}, one.uid)
 
     async def offer(self, name: str, adapter: SpanAdapter) -> Offer:
-        """Ask every server of this model to serve an adapter under a name; its tensors must not change."""
+        """Ask every server of this model to serve an adapter under a name; its tensors must not change.
+
+        Comes back when those who took it have announced it, so that the name can be used at once.
+        """
         node = self._connection.node
         manifest = manifest_of(name, self._model, self._num_blocks, adapter.blocks, node.peer_id)
         encoded = encode_manifest(manifest)
@@ -155,6 +164,8 @@ class NamedAdapters:
         held = _joined(spans)
         ends = [0, *(edge for span in held for edge in span), self._num_blocks]
         offer.missing.extend((low, high) for low, high in zip(ends[::2], ends[1::2], strict=True) if low < high)
+        with contextlib.suppress(TimeoutError):
+            await self._connection.directory.wait_for(partial(_announced, offer), ANNOUNCED_SECONDS)
         return offer
 
     async def _offer_to(self, peer: str, start: int, end: int, adapter: SpanAdapter, request: OfferAdapter) -> None:
@@ -195,6 +206,12 @@ class NamedAdapters:
             else:
                 return manifest
         raise SwarmError(f"none of its servers could say what the adapter {one.uid} is: {'; '.join(problems)}")
+
+
+def _announced(offer: Offer, view: SwarmView) -> bool | None:
+    """True once all who took an offer and are still here say so to everybody; None before."""
+    here = [view.servers[peer] for peer in offer.accepted if peer in view.servers]
+    return all(offer.uid in entry.record.adapters for entry in here) or None
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -196,6 +196,8 @@ def _labelled_row(row: Any) -> Row:
         label = int(label)
     if isinstance(label, float) and math.isnan(label):
         raise _Bad("has no label")
+    if isinstance(label, float) and label.is_integer():  # a DataFrame's numbers are, if one of them is missing
+        label = int(label)
     if not isinstance(label, (str, int)) or label == "":
         raise _Bad(f"has {_kind(label)} as its label; a label is a name or a whole number")
     return Row(text=_text(row["text"], "text"), label=label)

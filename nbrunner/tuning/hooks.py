@@ -35,7 +35,7 @@ class Participant:
 
 
 class StepHook(Protocol):
-    """What a run calls, always in its training thread. An error of nbrunner raised here pauses the run.
+    """What a run calls, in its training thread if nothing else is said. An error of nbrunner raised here pauses it.
 
     `begin` and `end` once, and `complete` between them if all steps were made; `before_step` with this step's
     gradients in ``parameter.grad``, clipped, which may be changed; `after_step` when the optimiser has changed the
@@ -56,6 +56,9 @@ class StepHook(Protocol):
 
     def waits(self, paused: bool) -> None:
         """The run waits from now on, or goes on."""
+
+    def stops(self) -> None:
+        """The run is to stop: whoever waits for others in `complete` waits no longer. Called from any thread."""
 
     def end(self, parameters: NamedParameters) -> None:
         """The run is over, in whatever way."""

@@ -10,12 +10,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from nbrunner.client.model import DistributedModel
+from nbrunner.client.named_adapters import Offer
 from nbrunner.client.watch import PassWatch
 from nbrunner.errors import NBRunnerError, SessionError, SwarmError, TrainingError, UserInputError
 from nbrunner.protocol.identity import short_peer
@@ -27,8 +28,9 @@ from nbrunner.tuning.data import Label
 from nbrunner.tuning.encoding import Collator, EncodedExamples, pad_id
 from nbrunner.tuning.folder import ADAPTER, RunFolder
 from nbrunner.tuning.history import History
-from nbrunner.tuning.hooks import Participant, StepHook
+from nbrunner.tuning.hooks import StepHook
 from nbrunner.tuning.methods import Taught
+from nbrunner.tuning.progress import Progress, TrainingResult
 from nbrunner.tuning.samples import Answers, When, answer, classify, evaluating
 from nbrunner.tuning.settings import Settings
 
@@ -39,61 +41,6 @@ _HEARTBEAT = 0.1
 
 running: weakref.WeakSet[TrainingRun] = weakref.WeakSet()
 """Runs of this process that have not ended."""
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What came out of a run.
-
-    Attributes
-    ----------
-    steps
-        Done in all.
-    loss, eval_loss, eval_accuracy
-        The last ones; None where there is none.
-    adapter
-        A PEFT directory: ``PeftModel.from_pretrained(model, adapter)``.
-    """
-
-    state: State
-    steps: int
-    loss: float | None
-    eval_loss: float | None
-    eval_accuracy: float | None
-    seconds: float
-    tokens: int
-    adapter: Path
-    history: History
-    answers: tuple[Answers, ...]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A run at one moment, for a card or a program.
-
-    Attributes
-    ----------
-    costs
-        Of the last steps.
-    left
-        Seconds until the end; None while nothing is known.
-    memory
-        Bytes of this process.
-    """
-
-    state: State
-    step: int
-    steps: int
-    epoch: float
-    lr: float
-    costs: Costs
-    total: Costs
-    left: float | None
-    memory: int
-    error: str
-    note: str
-    checkpoint: str
-    participants: tuple[Participant, ...]
 
 
 class TrainingRun:
@@ -247,9 +194,14 @@ class TrainingRun:
         self.control.resume()
 
     def stop(self) -> None:
-        """End after the step that is running, with a checkpoint and the adapter as it is then. Again: at once."""
+        """End after the step that is running, with a checkpoint and the adapter as it is then. Again: at once.
+
+        Where all steps are done and others are waited for, they are not any longer.
+        """
         again = self.state == "stopping"
         self.control.stop()
+        for hook in self.hooks:
+            hook.stops()
         if again:
             EngineLoop.get().cancel_thread(self._thread)
 
@@ -282,6 +234,34 @@ class TrainingRun:
             self._lr = checked
 
         self.control.between_steps(change)
+
+    def offer(self, name: str) -> Offer:
+        """Offer what it has taught by now to everybody in the swarm, under a name.
+
+        As `DistributedModel.offer_adapter`: servers that were started with ``--accept-adapters`` serve it, and
+        ``%%generate --adapter NAME`` uses it. Training waits meanwhile; what is learned later needs another offer.
+
+        Raises
+        ------
+        UserInputError
+            A model in no swarm, or a method of which servers would have only a part.
+        """
+        base = self.model.get_base_model()
+        if not isinstance(base, DistributedModel):
+            raise UserInputError("this run teaches a model in this process: there is no swarm to offer it to.")
+        if self.classes or self.taught.virtual_tokens:
+            what = "a head for labels" if self.classes else "a prompt in front of the text"
+            raise UserInputError(
+                f"servers can serve what LoRA changes in their blocks, and this run also teaches {what}: give "
+                f"others its adapter, {self.folder.path / ADAPTER}."
+            )
+        with self.held():
+            return base.offer_adapter(name)
+
+    def withdraw(self, uid: str) -> list[str]:
+        """Have what was offered served no longer; PeerIDs of the servers that let it go. ``uid``: of the offer."""
+        base = self.model.get_base_model()
+        return base.withdraw_adapter(uid) if isinstance(base, DistributedModel) else []
 
     @contextlib.contextmanager
     def held(self, timeout: float | None = 60.0) -> Iterator[Any]:
@@ -374,7 +354,11 @@ class TrainingRun:
                 compute_metrics=_accuracy if classifying else None,
             )
         self.trainer.train(resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None)
-        self._each_hook(lambda hook: hook.complete(self.parameters))
+        if self.hooks:
+            before = self.note
+            self.note = "all steps are done; waiting for the others to finish (stop ends the wait)"
+            self._each_hook(lambda hook: hook.complete(self.parameters))
+            self.note = before
 
     def _conclude(self, state: State, error: BaseException | None) -> BaseException | None:
         """A last checkpoint, the adapter, the answers afterwards; the error to end with."""
@@ -520,14 +504,17 @@ class TrainingRun:
         every = self.settings.checkpoint_every
         due = step % (every or self._steps_in_epoch) == 0
         if due or (every is None and time.monotonic() - self._saved_at > CHECKPOINT_SECONDS):
-            self._saved_at, self._saved_step = time.monotonic(), step
+            self._saved_at = time.monotonic()
             return True
         return False
+
+    def saved(self) -> None:
+        """A checkpoint of this step is there."""
+        self._saved_at, self._saved_step = time.monotonic(), self.step
 
     def _save(self) -> Path:
         if self._saved_step != self.step or self.folder.last_checkpoint is None:
             self.trainer._save_checkpoint(self.model, None)
-            self._saved_at, self._saved_step = time.monotonic(), self.step
         path = self.folder.last_checkpoint
         if path is None:
             raise OSError(f"no checkpoint is in {self.folder.path}")

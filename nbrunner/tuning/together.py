@@ -47,10 +47,15 @@ __all__ = ["Outcome", "Participant", "Together"]
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 10.0  # beyond what a round may take, before the child counts as hung
 _NOTE_SECONDS = 0.2
+_LOOK_SECONDS = 0.3  # so often, whoever waits for the others looks whether it still is to
 _RESTARTS = 3
 _CALLED_SHARE = 4  # who is called joins after a quarter of its own steps at least, or a caller could hold all up
 
 Parameters = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | torch.nn.Module
+
+
+class _Hurried(Exception):  # noqa: N818
+    """Whoever waits for the others is told not to."""
 
 
 class Together:
@@ -160,6 +165,7 @@ class Together:
         self._on_change = on_change
         self._process: TogetherProcess | None = None
         self._closed = False
+        self._hurried = threading.Event()
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
@@ -223,6 +229,10 @@ class Together:
         """
         self._check_open()
         return self._round(finish=self._settings.farewell if seconds is None else float(seconds))
+
+    def hurry(self) -> None:
+        """Have `finish` wait no longer, now or later: it comes back alone. May be called from any thread."""
+        self._hurried.set()
 
     def pause(self) -> None:
         """We make no steps for a while: nobody waits for us."""
@@ -312,11 +322,13 @@ class Together:
         settings = self._settings
         seconds = 2 * (settings.patience + settings.exchange) + (finish or 0.0) + _GRACE_SECONDS
         try:
-            message, body = self._answer(process, seconds)
+            message, body = self._answer(process, seconds, finishing=finish is not None)
         except BaseException as error:
             if isinstance(error, (ServerStartError, TimeoutError)):
                 return self._lost(process, error)
             process.say(GiveUp())
+            if isinstance(error, _Hurried):
+                return self._alone()
             raise
         if isinstance(message, Failed):
             logger.warning("%s", message.reason)
@@ -332,10 +344,20 @@ class Together:
         self.history.append(outcome)
         return outcome
 
-    def _answer(self, process: TogetherProcess, seconds: float) -> tuple[Done | Failed, bytearray]:
+    def _answer(
+        self, process: TogetherProcess, seconds: float, *, finishing: bool
+    ) -> tuple[Done | Failed, bytearray]:
         deadline = time.monotonic() + seconds
         while True:
-            message, body = process.answer(max(deadline - time.monotonic(), 0.0))
+            if finishing and self._hurried.is_set():
+                raise _Hurried
+            left = max(deadline - time.monotonic(), 0.0)
+            try:
+                message, body = process.answer(min(left, _LOOK_SECONDS))
+            except TimeoutError:
+                if left > _LOOK_SECONDS:
+                    continue
+                raise
             if isinstance(message, Failed) or (isinstance(message, Done) and message.id == self._turn):
                 return message, body
 

@@ -75,6 +75,9 @@ class TogetherHook:
     def waits(self, paused: bool) -> None:
         (self.together.pause if paused else self.together.resume)()
 
+    def stops(self) -> None:
+        self.together.hurry()
+
     def end(self, parameters: NamedParameters) -> None:
         self.together.close()
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState, PartialState
 
 from nbrunner.blocks.compat import printer_callback
 from nbrunner.client.watch import PassWatch, watching
@@ -31,7 +32,7 @@ from nbrunner.tuning.settings import Settings
 T = TypeVar("T")
 
 making = threading.Lock()
-"""Held while a trainer is made: what accelerate keeps for the whole process is in pieces meanwhile."""
+"""Held while a trainer is made or prepared: what accelerate keeps for the process may be in pieces meanwhile."""
 
 
 def arguments(settings: Settings, *, folder: Path, device: torch.device, classify: bool) -> Any:
@@ -62,6 +63,7 @@ def arguments(settings: Settings, *, folder: Path, device: torch.device, classif
         label_names=["labels"],
         prediction_loss_only=not classify,
         dataloader_pin_memory=False,
+        accelerator_config={"use_configured_state": _is_set_up_for(device)},
     )
     made._n_gpu = min(made.n_gpu, 1)  # more would split the model's batches by threads, each with its own copy
     return made
@@ -111,13 +113,18 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
             return super().get_batch_samples(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        with making:
+            if not AcceleratorState._shared_state:  # somebody's TrainingArguments() came in between
+                AcceleratorState._shared_state.update(self.accelerator.state.__dict__)
+            prepared = super()._prepare_for_training(*args, **kwargs)
         self._with_own_state(self.optimizer)
         return prepared
 
     def _with_own_state(self, part: T) -> T:
         if hasattr(part, "gradient_state"):
             part.gradient_state = self._gradients
+        if hasattr(part, "accelerator_state"):
+            part.accelerator_state = self.accelerator.state
         return part
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -209,6 +216,7 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
                 shutil.move(str(file), staged / file.name)
             inner.rmdir()
             (staged / HISTORY_FILE).write_text(json.dumps(self.run.dump()), "utf-8")
+        self.run.saved()
 
     def set_lr(self, lr: float) -> None:
         """Have the schedule go on at another height, from the next step on."""
@@ -266,6 +274,18 @@ class RunCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
         self._run.evaluated(state, metrics)
+
+
+def _is_set_up_for(device: torch.device) -> bool:
+    """Whether what accelerate keeps for the process will do for a run on a device.
+
+    Otherwise Trainer forgets it and makes it anew, under the feet of a run that is on its way: measured, one in
+    seventy of three runs that were started at once ended with an error of accelerate's.
+    """
+    partial, whole = PartialState._shared_state, AcceleratorState._shared_state
+    on = partial.get("device")
+    usual = partial.get("distributed_type") == "NO" and whole.get("_mixed_precision", "no") == "no"
+    return on is not None and on.type == device.type and usual
 
 
 def _of_its_own(state: Any) -> Any:
