@@ -17,6 +17,7 @@ from helpers import Leftovers, wait_until
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import nbrunner
+from nbrunner.swarm import shortcut
 
 pytestmark = [
     pytest.mark.network,
@@ -65,10 +66,16 @@ def plain(checkpoint: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module")
-def swarm(nothing_left_behind_in_the_end: None, checkpoint: Path) -> Iterator[nbrunner.LocalSwarm]:
-    with nbrunner.LocalSwarm(model=str(checkpoint), servers=["0:3", "3:8", "0:3", "3:8"]) as swarm:
-        yield swarm
+@pytest.fixture(scope="module", params=["daemons", "shortcuts"])
+def swarm(
+    nothing_left_behind_in_the_end: None, checkpoint: Path, request: pytest.FixtureRequest
+) -> Iterator[nbrunner.LocalSwarm]:
+    """Whose members talk through their daemons, as on several machines, or past them, as on one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "daemons":
+            patch.setenv(shortcut.OFF, "0")
+        with nbrunner.LocalSwarm(model=str(checkpoint), servers=["0:3", "3:8", "0:3", "3:8"]) as swarm:
+            yield swarm
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from nbrunner.protocol.identity import Identity
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.messages import STREAM, VERSION, GetInfo, Hello, Ping, Pong, Refused, Welcome
 from nbrunner.protocol.records import ServerRecord
-from nbrunner.swarm import control
+from nbrunner.swarm import control, shortcut
 from nbrunner.swarm.daemon import start_p2p
 from nbrunner.swarm.loop import EngineLoop
 from nbrunner.swarm.node import Node
@@ -77,11 +77,15 @@ def host() -> Iterator[Node]:
     run(node.close())
 
 
-@pytest.fixture(scope="module")
-def client(host: Node) -> Iterator[Node]:
-    node = run(Node.create(invite=KEY.invite(host.addresses), client_mode=True))
-    yield node
-    run(node.close())
+@pytest.fixture(scope="module", params=["daemons", "shortcut"])
+def client(host: Node, request: pytest.FixtureRequest) -> Iterator[Node]:
+    """Whose streams go through both daemons, or past them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "daemons":
+            patch.setenv(shortcut.OFF, "0")
+        node = run(Node.create(invite=KEY.invite(host.addresses), client_mode=True))
+        yield node
+        run(node.close())
 
 
 @asynccontextmanager

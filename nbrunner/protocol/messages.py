@@ -79,14 +79,36 @@ class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower, forb
 # -- first words on every stream ---------------------------------------------------------------------------------
 
 
+class Shortcut(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a server on the same machine can be reached without its daemon (`nbrunner.swarm.shortcut`).
+
+    Attributes
+    ----------
+    socket
+        Path of its unix socket.
+    token
+        Opens it for the peer that was welcomed.
+    """
+
+    socket: Annotated[str, msgspec.Meta(max_length=108)]
+    token: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
 class Hello(Message, frozen=True):
-    """The first frame on a stream, by whoever opened it."""
+    """The first frame on a stream, by whoever opened it.
+
+    Attributes
+    ----------
+    machine
+        Known only to processes of one machine, and another for each peer; empty if that cannot be told.
+    """
 
     version: int
     swarm: bytes
     credential: Annotated[bytes, msgspec.Meta(max_length=1024)]
     software: _Text = ""
     features: Annotated[list[_Text], msgspec.Meta(max_length=32)] = []
+    machine: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
 
 
 class Welcome(Message, frozen=True):
@@ -96,6 +118,7 @@ class Welcome(Message, frozen=True):
     limits: Limits
     software: _Text = ""
     features: Annotated[list[_Text], msgspec.Meta(max_length=32)] = []
+    shortcut: Shortcut | None = None
 
 
 class Refused(Message, frozen=True):

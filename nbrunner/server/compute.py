@@ -127,6 +127,11 @@ class ComputeThread:
         await self._enqueue(job)
         return Done(None, job.queue, job.compute)
 
+    def session_ended(self, session: str) -> None:
+        """No step of it is waited for any more."""
+        with self._lock:
+            self._active.pop(session, None)
+
     def close(self) -> None:
         """Take no more; what waits is cancelled; returns when the thread has ended."""
         with self._lock:

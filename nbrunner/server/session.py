@@ -127,6 +127,7 @@ class ServerSession:
             for stream in self.attached:
                 stream.close()
             self._captures.clear()
+            self.host.compute.session_ended(self.id)
             self.host.quotas.set_bytes(self.id, 0)
             self.host.room.freed()
 

@@ -24,8 +24,12 @@ class ControlError(Exception):
 
 
 def encode_delimited(message: Any) -> bytes:
-    """A protobuf with its length before it as a varint."""
-    payload: bytes = message.SerializeToString()
+    """A protobuf with its length before it."""
+    return delimited(message.SerializeToString())
+
+
+def delimited(payload: bytes) -> bytes:
+    """Bytes with their length before them as a varint."""
     length, prefix = len(payload), bytearray()
     while True:
         length, low = length >> 7, length & 0x7F

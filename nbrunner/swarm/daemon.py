@@ -28,7 +28,7 @@ from nbrunner.swarm import control
 _START_SECONDS = 15.0  # it takes 0.3 s; more only where the machine is very busy
 _CONNECT_SECONDS = 10.0
 _STOP_SECONDS = 2.0
-_FOLDER_PREFIX = "nbrunner-p2p-"
+FOLDER_PREFIX = "nbrunner-p2p-"
 
 # Run by a small Python that then becomes p2pd. A launcher and not preexec_fn: that would run between fork and exec
 # in a process full of threads. The kernel sends the signal when the thread that started it ends: the engine thread.
@@ -150,7 +150,7 @@ async def start_p2p(
         for address in listen:
             _check_port_is_free(address)
     _remove_stale_folders()
-    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=_socket_root()))
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=_socket_root()))
     key = folder / "identity"
     daemon: Daemon | None = None
     try:
@@ -297,8 +297,8 @@ def _socket_root() -> str:
 
 def _remove_stale_folders() -> None:
     """Remove the directories of processes that were killed before they could."""
-    for folder in Path(_socket_root()).glob(f"{_FOLDER_PREFIX}*"):
-        match = re.match(rf"{_FOLDER_PREFIX}(\d+)-", folder.name)
+    for folder in Path(_socket_root()).glob(f"{FOLDER_PREFIX}*"):
+        match = re.match(rf"{FOLDER_PREFIX}(\d+)-", folder.name)
         if match is None:
             continue
         try:

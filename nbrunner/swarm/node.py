@@ -8,8 +8,8 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbrunner.errors import (
@@ -26,11 +26,13 @@ from nbrunner.errors import (
 from nbrunner.protocol.credentials import Invite, SwarmKey, Terms, check_credential
 from nbrunner.protocol.identity import Identity, short_peer
 from nbrunner.protocol.limits import MAX_RECORD_LIFETIME, Limits
-from nbrunner.protocol.messages import FEATURES, STREAM, VERSION, Hello, Refused, Welcome
+from nbrunner.protocol.messages import FEATURES, STREAM, VERSION, Hello, Refused, Shortcut, Welcome
 from nbrunner.protocol.records import ServerRecord, sign_record
 from nbrunner.protocol.together import TeachingRecord, sign_teaching
-from nbrunner.swarm import control
+from nbrunner.swarm import control, shortcut
 from nbrunner.swarm.daemon import Daemon, join, split_address, start_p2p
+from nbrunner.swarm.greeting import introduce, other_version, refuse, software
+from nbrunner.swarm.shortcut import Doorkeeper
 from nbrunner.swarm.streams import SCRATCH_BYTES, FrameProtocol, Stream
 
 if TYPE_CHECKING:
@@ -44,8 +46,6 @@ _HELLO_SECONDS = 10.0
 _REJOIN_PERIOD = 3.0
 _MAX_UNGREETED = 128  # streams of one peer that have not said Hello yet
 _MAX_STREAMS_PER_PEER = 512
-_REFUSAL_SECONDS = 1.0
-_LINGER_SECONDS = 2.0  # for whoever was refused to read why, and close
 _REACH_SECONDS = 3.0
 
 
@@ -74,6 +74,8 @@ class Node:
         terms: Terms,
         credential: bytes,
         bootstrap: list[str],
+        *,
+        offer_shortcut: bool = False,
     ) -> None:
         self.identity = identity
         self.peer_id = identity.peer_id
@@ -83,6 +85,7 @@ class Node:
         self.addresses: list[str] = []
         self._daemon = daemon
         self._bootstrap = bootstrap
+        self._offer_shortcut = offer_shortcut
         self._records: RecordStore[ServerRecord] | None = None
         self._teachers: RecordStore[TeachingRecord] | None = None
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
@@ -91,7 +94,9 @@ class Node:
         self._ungreeted: Counter[str] = Counter()
         self._rejoined_at = float("-inf")
         self._streams_of: Counter[str] = Counter()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        self._doorkeeper: Doorkeeper | None = None
+        self._shortcuts: dict[str, Shortcut] = {}
         self._last_expiry = 0.0
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
@@ -119,7 +124,7 @@ class Node:
             Begin a swarm (or come back to it as its creator): the node makes its own credential. Addresses of an
             invite given too are used to find the others.
         listen, announce
-            Multiaddresses to listen on, and those to tell to others if they differ.
+            Multiaddresses to listen on, and those to tell to others if they differ (nobody then comes another way).
         client_mode
             Use the swarm only: nobody can open streams to this node, and it stores nothing for others.
 
@@ -151,7 +156,16 @@ class Node:
                 raise InviteError(f"this invite names an address that makes no sense: {error}") from None
         credential = invite_used.credential(identity.peer_id).encode()
         daemon = await start_p2p(identity, listen=listen, announce=announce, client_mode=client_mode)
-        node = cls(daemon, identity, invite_used.swarm, invite_used.terms, credential, bootstrap)
+        node = cls(
+            daemon,
+            identity,
+            invite_used.swarm,
+            invite_used.terms,
+            credential,
+            bootstrap,
+            offer_shortcut=announce is None and shortcut.allowed(),
+        )
+        node._start(node._end_with_daemon(), "daemon")
         try:
             reached = await join(daemon, bootstrap)
             if not client_mode:
@@ -200,6 +214,17 @@ class Node:
     def closed(self) -> bool:
         """Whether it was closed, or its daemon died: nothing goes through it any more."""
         return self._closed or self._daemon.exited.is_set()
+
+    def _start(self, job: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(job, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end_with_daemon(self) -> None:
+        """Without a daemon we are out of the swarm: streams that go past it end as well."""
+        await self._daemon.exited.wait()
+        for protocol in list(self._protocols):
+            protocol.close()
 
     async def wait_lost(self) -> str:
         """Wait until the daemon ends without being asked to, and return the end of its log."""
@@ -288,34 +313,55 @@ class Node:
         return True
 
     async def _open(self, peer: str) -> Stream:
-        loop = asyncio.get_running_loop()
-        request = control.open_stream_request(peer, STREAM)
-        _, protocol = await loop.create_unix_connection(lambda: FrameProtocol(self._scratch), self._daemon.socket)
-        stream = Stream(protocol, peer)
-        self._protocols.add(protocol)
+        known = self._shortcuts.get(peer)
+        if known is not None:
+            stream = await self._open_near(peer, known)
+            if stream is not None:
+                return stream
+        protocol = FrameProtocol(self._scratch)
+        stream = await self._begin(peer, protocol, self._daemon.socket, control.open_stream_request(peer, STREAM))
         try:
-            protocol.write([request])
             control.read_open_reply(await protocol.started(), peer)
-            await stream.send(Hello(VERSION, self.swarm, self.credential, _software(), list(FEATURES)))
-            answer, _ = await stream.receive()
-            if isinstance(answer, Refused):
-                raise PeerRefusedError(
-                    f"peer {short_peer(peer)} refused: {answer.reason}",
-                    peer=peer,
-                    code=answer.code,
-                    retry_after=answer.retry_after,
-                )
-            if not isinstance(answer, Welcome):
-                raise BadPeerDataError(
-                    f"peer {short_peer(peer)} answered {type(answer).__name__} to Hello", peer=peer
-                )
-            if answer.version != VERSION:
-                raise PeerRefusedError(_other_version(answer.version, answer.software), peer=peer, code="version")
-            stream.welcome = answer
+            await introduce(stream, self.swarm, self.credential)
+            offered = stream.welcome.shortcut
+            near = await self._open_near(peer, offered) if offered is not None else None
         except BaseException:
             stream.close()
             raise
+        if near is None:
+            return stream
+        stream.close()
+        return near
+
+    async def _open_near(self, peer: str, offered: Shortcut) -> Stream | None:
+        """A stream to a process of this machine, past the daemons; None if that is not possible (any more)."""
+        self._shortcuts.pop(peer, None)
+        path = shortcut.find(offered) if shortcut.allowed() else None
+        if path is None:
+            return None
+        stream = None
+        try:
+            protocol = FrameProtocol(self._scratch, begun=True)
+            stream = await self._begin(peer, protocol, str(path), shortcut.knock(offered, self.peer_id))
+            await introduce(stream, self.swarm, self.credential)
+        except (OSError, PeerUnreachableError) as error:
+            logger.debug("no shortcut to %s: %s", short_peer(peer), error)
+            if stream is not None:
+                stream.close()
+            return None
+        except BaseException:
+            if stream is not None:
+                stream.close()
+            raise
+        self._shortcuts[peer] = offered
         return stream
+
+    async def _begin(self, peer: str, protocol: FrameProtocol, path: str, first: bytes) -> Stream:
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: protocol, path)
+        self._protocols.add(protocol)
+        protocol.write([first])
+        return Stream(protocol, peer)
 
     async def serve(self, handler: StreamHandler, limits: Limits) -> None:
         """Take streams from peers of the swarm from now on.
@@ -329,8 +375,19 @@ class Node:
             Announced, and enforced on frames.
         """
         self._check_open()
-        if self._server is not None:
+        if self._servers:
             raise SessionError("this node serves already")
+        path = self._daemon.folder / "streams.sock"
+        await self._listen(path, control.read_incoming, handler, limits)
+        if self._offer_shortcut:
+            self._doorkeeper = Doorkeeper(self.peer_id, self._daemon.folder)
+            await self._listen(self._doorkeeper.path, self._doorkeeper.recognise, handler, limits)
+        await control.register_handler(self._daemon.socket, STREAM, str(path))
+
+    async def _listen(
+        self, path: Path, recognise: Callable[[bytes], str], handler: StreamHandler, limits: Limits
+    ) -> None:
+        """Take streams at a socket; the first message on each says whose it is."""
         loop = asyncio.get_running_loop()
 
         def make() -> FrameProtocol:
@@ -338,19 +395,17 @@ class Node:
             protocol.first_only = True  # nothing else is read before the Hello is accepted
             protocol.max_body = 0
             self._protocols.add(protocol)
-            task = loop.create_task(self._accept(protocol, handler, limits), name="stream")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._start(self._accept(protocol, recognise, handler, limits), "stream")
             return protocol
 
-        path = str(self._daemon.folder / "streams.sock")
-        self._server = await loop.create_unix_server(make, path)
-        await control.register_handler(self._daemon.socket, STREAM, path)
+        self._servers.append(await loop.create_unix_server(make, str(path)))
 
-    async def _accept(self, protocol: FrameProtocol, handler: StreamHandler, limits: Limits) -> None:
+    async def _accept(
+        self, protocol: FrameProtocol, recognise: Callable[[bytes], str], handler: StreamHandler, limits: Limits
+    ) -> None:
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
-                peer = control.read_incoming(await protocol.started())
+                peer = recognise(await protocol.started())
         except (TimeoutError, ConnectionError, control.ControlError):
             protocol.close()
             return
@@ -371,7 +426,7 @@ class Node:
         """Check who opened a stream; False if it was refused."""
         peer = stream.peer
         if self._ungreeted[peer] >= _MAX_UNGREETED or self._streams_of[peer] > _MAX_STREAMS_PER_PEER:
-            return await self._refuse(stream, Refused("limit", "too many streams are open", 5.0))
+            return await refuse(stream, Refused("limit", "too many streams are open", 5.0))
         self._ungreeted[peer] += 1
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
@@ -379,23 +434,24 @@ class Node:
         except TimeoutError:
             return False
         except BadPeerDataError as error:
-            return await self._refuse(stream, Refused("schema", str(error)))
+            return await refuse(stream, Refused("schema", str(error)))
         finally:
             self._ungreeted[peer] -= 1
             if self._ungreeted[peer] <= 0:
                 del self._ungreeted[peer]
         if not isinstance(hello, Hello):
-            return await self._refuse(stream, Refused("schema", "the first frame must be Hello"))
+            return await refuse(stream, Refused("schema", "the first frame must be Hello"))
         if hello.version != VERSION:
-            return await self._refuse(stream, Refused("version", _other_version(hello.version, hello.software)))
+            return await refuse(stream, Refused("version", other_version(hello.version, hello.software)))
         try:
             if hello.swarm != self.swarm:
                 raise InviteError("this peer belongs to another swarm than your invite.")
             stream.terms = check_credential(hello.credential, swarm=self.swarm, peer_id=stream.peer)
         except InviteError as error:
-            return await self._refuse(stream, Refused("credential", str(error)))
+            return await refuse(stream, Refused("credential", str(error)))
         protocol.max_body = limits.frame_bytes
-        await stream.send(Welcome(VERSION, limits, _software(), list(FEATURES)))
+        offer = self._doorkeeper.offer(peer, hello.machine) if self._doorkeeper is not None else None
+        await stream.send(Welcome(VERSION, limits, software(), list(FEATURES), offer))
         protocol.accept_all()
         return True
 
@@ -403,22 +459,14 @@ class Node:
         try:
             await handler(stream)
         except PeerRefusedError as error:
-            await self._refuse(stream, Refused(error.code or "internal", str(error)[:2000], error.retry_after))  # type: ignore[arg-type]
+            await refuse(stream, Refused(error.code or "internal", str(error)[:2000], error.retry_after))  # type: ignore[arg-type]
         except BadPeerDataError as error:
-            await self._refuse(stream, Refused("schema", str(error)[:2000]))
+            await refuse(stream, Refused("schema", str(error)[:2000]))
         except (NBRunnerError, asyncio.CancelledError):
             raise
         except Exception:
             logger.exception("a handler failed on a stream of %s", short_peer(stream.peer))
-            await self._refuse(stream, Refused("internal", "this server has made a mistake; its log says more"))
-
-    @staticmethod
-    async def _refuse(stream: Stream, refused: Refused) -> bool:
-        with contextlib.suppress(PeerUnreachableError, TimeoutError):
-            async with asyncio.timeout(_REFUSAL_SECONDS):
-                await stream.send(refused)
-            await stream.close_after_peer(_LINGER_SECONDS)
-        return False
+            await refuse(stream, Refused("internal", "this server has made a mistake; its log says more"))
 
     # -- records --------------------------------------------------------------------------------------------------
 
@@ -510,8 +558,8 @@ class Node:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -527,17 +575,3 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<Node {short_peer(self.peer_id)}{', closed' if self.closed else ''}>"
-
-
-def _software() -> str:
-    try:
-        return f"nbrunner {version('nbrunner')}"
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "nbrunner"
-
-
-def _other_version(number: int, software: str) -> str:
-    return (
-        f"it speaks version {number} of the protocol{f' ({software[:60]})' if software else ''} and we speak "
-        f"{VERSION}; install the same version of nbrunner on both sides."
-    )

@@ -35,23 +35,25 @@ Frame = tuple[AnyMessage, dict[str, RawTensor]]
 class FrameProtocol(asyncio.BufferedProtocol):
     """Bytes of one socket to frames, with back-pressure both ways.
 
-    The first delimited message on the socket is p2pd's (who is there, or whether the stream could be opened);
-    everything after it comes from the peer.
+    The first delimited message on the socket is p2pd's (who is there, or whether the stream could be opened), or
+    says who comes by a shortcut; everything after it comes from the peer.
 
     Parameters
     ----------
     scratch
         Where small reads land before they are taken apart, at once; all streams of a loop may share it.
+    begun
+        There is no such first message.
     """
 
-    def __init__(self, scratch: memoryview) -> None:
+    def __init__(self, scratch: memoryview, *, begun: bool = False) -> None:
         self.max_body = MAX_FRAME_BYTES
         self.error: Exception | None = None
         self.closed = False
         self.first_only = False
         self._first_came = False
         self._discarding = False
-        self._start: bytes | None = None
+        self._start: bytes | None = b"" if begun else None
         self._transport: asyncio.Transport | None = None
         self._scratch = scratch
         self._direct = False
