@@ -7,14 +7,11 @@ a peer gets beyond it, because the other cannot use it, is taken from nobody, so
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
 
+from benchmarks.children import Child, child, listen, say
 from benchmarks.models import checkpoint, remote_model
 from benchmarks.report import Report, Result
 
@@ -31,7 +28,7 @@ def run() -> Report:
     together: list[list[float]] = [[], []]
     alone: list[list[float]] = [[], []]
     with nbrunner.LocalSwarm(model=str(checkpoint("mid")), servers=1) as swarm, contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(peer(swarm.invite, count)) for count in SESSIONS]
+        peers = [stack.enter_context(child("benchmarks.fairness", swarm.invite, str(count))) for count in SESSIONS]
         for _ in range(ROUNDS):
             for index, one in enumerate(peers):
                 alone[index].append(measure([one])[0])
@@ -55,34 +52,12 @@ def run() -> Report:
     return Report("fairness", results, {"seconds": SECONDS, "rounds": ROUNDS, "dtype": "float32", "threads": 1})
 
 
-@contextlib.contextmanager
-def peer(invite: str, sessions: int) -> Iterator[subprocess.Popen[str]]:
-    """A client process that decodes with so many sessions whenever it is told to."""
-    command = [sys.executable, "-m", "benchmarks.fairness", invite, str(sessions)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            _answer(process)
-            yield process
-        finally:
-            process.terminate()
-
-
-def measure(peers: list[subprocess.Popen[str]]) -> list[float]:
+def measure(peers: list[Child]) -> list[float]:
     """Tokens per second of peers that decode at the same time."""
     begin = time.time() + 2.0
-    for process in peers:
-        assert process.stdin is not None
-        process.stdin.write(f"{json.dumps([begin, begin + SECONDS])}\n")
-        process.stdin.flush()
-    return [float(_answer(process)) for process in peers]
-
-
-def _answer(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("PEER "):
-            return json.loads(line[5:])
-    raise RuntimeError("a peer of the benchmark has ended")
+    for peer in peers:
+        peer.tell([begin, begin + SECONDS])
+    return [float(peer.answer()) for peer in peers]
 
 
 def serve_rounds(invite: str, sessions: int) -> None:
@@ -101,9 +76,7 @@ def serve_rounds(invite: str, sessions: int) -> None:
     with torch.inference_mode():
         for length, session in zip(lengths, opened, strict=True):
             session.step(embed(prompt("mid", length)))
-    print("PEER true", flush=True)
-    for line in sys.stdin:
-        begin, end = json.loads(line)
+    for begin, end in listen():
         for length, session in zip(lengths, opened, strict=True):
             session.position = length
         counts = [0] * sessions
@@ -120,7 +93,7 @@ def serve_rounds(invite: str, sessions: int) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        print("PEER", json.dumps(sum(counts) / (end - begin)), flush=True)
+        say(sum(counts) / (end - begin))
 
 
 if __name__ == "__main__":

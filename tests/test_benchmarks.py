@@ -7,14 +7,31 @@ import json
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import start
+from benchmarks import concurrent, start
+from benchmarks.children import child
 from benchmarks.report import Report, Result
 
 KEYS = ["case", "value", "unit", "reference", "ratio", "reach", "met"]
 
 
 def test_every_benchmark_can_be_named() -> None:
-    assert {"decode", "hop", "prefill", "start", "failover", "load"} <= set(command.names())
+    assert set(command.names()) == {
+        "cache",
+        "concurrent",
+        "decode",
+        "failover",
+        "fairness",
+        "gpu",
+        "hop",
+        "load",
+        "memory",
+        "patch",
+        "prefill",
+        "quant",
+        "start",
+        "train",
+        "wan",
+    }
 
 
 @pytest.mark.parametrize(
@@ -77,3 +94,31 @@ def test_the_page_keeps_what_was_not_run_and_says_what_was_missed() -> None:
     assert "| tiny8 | 1.25 ms |  |  | ≤ 1.5 | yes |" in second
     assert "all overhead" not in second
     assert page([], second) == second
+
+
+def test_an_option_goes_to_its_benchmark_and_to_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*, processes: bool = False) -> Report:
+        return Report("concurrent", [Result(f"processes {processes}", 1.0, "s")])
+
+    monkeypatch.setattr(concurrent, "run", run)
+    for options in ([], ["--processes"]):
+        monkeypatch.setattr("sys.argv", ["benchmarks", "concurrent", *options, "--json"])
+        assert command.main() == 0
+        assert f"processes {bool(options)}" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["benchmarks", "decode", "--processes"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+
+
+def test_tokens_count_while_every_session_decodes() -> None:
+    # the first mark is the prompt's, the second the prefill's token
+    early, late = [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5]
+    assert concurrent.rate([early, late]) == pytest.approx((2 + 4) / 2.0)
+
+
+def test_a_process_that_ends_too_early_is_noticed() -> None:
+    with pytest.raises(RuntimeError, match="ended"), child("benchmarks.no_such_module"):
+        pass
