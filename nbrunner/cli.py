@@ -149,6 +149,14 @@ def serve(
     max_sessions: Annotated[
         int, typer.Option("--max-sessions", min=1, help="Sessions one peer may have open.")
     ] = 32,
+    peer_cache_memory: Annotated[
+        str | None,
+        typer.Option("--peer-cache-memory", help="Of the memory for caches, what one peer may have. Default: all."),
+    ] = None,
+    tokens_per_second: Annotated[
+        float,
+        typer.Option("--tokens-per-second", min=0, help="Tokens × rows computed for one peer; 0: no limit."),
+    ] = 0.0,
     limit_session_tokens: Annotated[
         int, typer.Option("--limit-session-tokens", min=0, help="Longest session; 0: what the model was made for.")
     ] = 0,
@@ -229,6 +237,8 @@ def serve(
             session_tokens=limit_session_tokens,
             sessions=max_sessions,
             cache_bytes=0,
+            peer_cache_bytes=parse_bytes(peer_cache_memory) if peer_cache_memory is not None else 0,
+            tokens_per_second=tokens_per_second,
         ),
         drain_seconds=drain,
     )

@@ -23,6 +23,7 @@ class Session:
     name: str
     quotas: Quotas
     idle_seconds: float = 0.0
+    peer: str = ""
 
     def drop(self) -> None:
         self.idle_seconds = 0.0
@@ -42,9 +43,9 @@ class Room:
         self.quotas = Quotas(self.limits)
         self.room = WaitingRoom(self.quotas, self.limits, lambda: self.sessions)
 
-    def hold(self, name: str, size: int, idle: float = 0.0) -> None:
-        self.quotas.set_bytes(name, size)
-        self.sessions.append(Session(name, self.quotas, idle))
+    def hold(self, name: str, size: int, idle: float = 0.0, peer: str = "") -> None:
+        self.quotas.set_bytes(name, size, peer=peer)
+        self.sessions.append(Session(name, self.quotas, idle, peer))
 
     def free(self, name: str) -> None:
         self.quotas.set_bytes(name, 0)
@@ -205,5 +206,61 @@ def test_the_estimate_follows_how_often_memory_comes_free() -> None:
         for task in (first, second):
             task.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+# -- what one peer may have ----------------------------------------------------------------------------------------
+
+
+def shared_room() -> Room:
+    return Room(Limits(cache_bytes=100, peer_cache_bytes=50, waiting=2, wait_seconds=5.0))
+
+
+def test_a_peer_that_has_its_share_is_refused_and_others_are_not() -> None:
+    async def main() -> None:
+        room = shared_room()
+        with pytest.raises(PeerRefusedError, match="60 bytes is over the 50"):
+            await room.ask("a", 60, peer="greedy")
+        await room.ask("a", 40, peer="greedy")
+        with pytest.raises(PeerRefusedError, match="you have 40 of the 50"):
+            await room.ask("b", 20, peer="greedy", waits=False)
+        await room.ask("a", 50, peer="greedy", growing=True)  # in all
+        await room.ask("c", 50, peer="modest")
+        assert room.done == ["a", "a", "c"]
+        assert room.quotas.bytes_of_peer("greedy") == room.quotas.bytes_of_peer("modest") == 50
+        room.free("a")
+        assert room.quotas.bytes_of_peer("greedy") == 0
+
+    asyncio.run(main())
+
+
+def test_who_waits_for_its_own_sessions_holds_up_nobody() -> None:
+    async def main() -> None:
+        room = shared_room()
+        await room.ask("a", 50, peer="greedy")
+        (first,) = start(room.ask("b", 20, peer="greedy"))
+        await turns()
+        assert room.told[0][:2] == ("b", 1)
+        await room.ask("c", 50, peer="modest")  # there is room for it, and the one before it could not take it
+        assert not first.done()
+        room.free("c")
+        await turns()
+        assert not first.done()
+        room.free("a")
+        await first
+        assert room.quotas.bytes_of_peer("greedy") == 20
+
+    asyncio.run(main())
+
+
+def test_its_own_idle_sessions_make_room_for_a_peer_and_those_of_others_stay() -> None:
+    async def main() -> None:
+        room = shared_room()
+        room.hold("old", 40, idle=IDLE_SECONDS + 5, peer="greedy")
+        room.hold("other", 40, idle=IDLE_SECONDS + 9, peer="modest")
+        await room.ask("new", 30, peer="greedy")
+        assert room.quotas.bytes_of("old") == 0
+        assert room.quotas.bytes_of("other") == 40
 
     asyncio.run(main())

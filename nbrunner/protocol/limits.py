@@ -37,6 +37,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
         Sessions one peer may hold open at once.
     cache_bytes
         Bytes of KV caches and transcripts over all sessions of the server.
+    peer_cache_bytes
+        The same over all sessions of one peer; 0 for no other limit than that.
+    tokens_per_second
+        Tokens times rows that one peer may have computed each second; 0 for no limit. An invite may allow less.
     pending_parts
         Parts of steps one session may have waiting.
     waiting, wait_seconds
@@ -58,6 +62,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     session_tokens: int = 131072
     sessions: int = 32
     cache_bytes: int = 4 << 30
+    peer_cache_bytes: int = 0
+    tokens_per_second: float = 0.0
     pending_parts: int = 256
     waiting: int = 4
     wait_seconds: float = 60.0

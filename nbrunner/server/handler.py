@@ -433,7 +433,7 @@ class Handler:
         wait = self.host.quotas.wait_seconds(stream.peer, terms)
         if wait:
             raise PeerRefusedError(
-                f"over your {terms.tokens_per_second:g} tokens per second", code="limit", retry_after=wait
+                f"over your {self.host.quotas.rate(terms):g} tokens per second", code="limit", retry_after=wait
             )
         self.host.quotas.spend(stream.peer, terms, tokens * batch + extra_tokens)
         self.host.traffic.note(stream.peer, tokens, batch)

@@ -50,6 +50,7 @@ class Quotas:
         self.limits = limits
         self._clock = clock
         self._bytes: dict[Hashable, int] = {}
+        self._owners: dict[Hashable, str] = {}
         self._sessions: dict[str, int] = {}
         self._buckets: dict[tuple[str, float], TokenBucket] = {}
 
@@ -84,16 +85,28 @@ class Quotas:
         else:
             self._sessions.pop(peer, None)
 
-    def set_bytes(self, holder: Hashable, used: int) -> None:
-        """What a holder (a session) has allocated, or is about to; 0 frees it."""
+    def set_bytes(self, holder: Hashable, used: int, *, peer: str = "") -> None:
+        """What a holder (a session) has allocated, or is about to; 0 frees it. ``peer``: whose it is, once said."""
         if used:
             self._bytes[holder] = used
+            if peer:
+                self._owners[holder] = peer
         else:
             self._bytes.pop(holder, None)
+            self._owners.pop(holder, None)
 
     def bytes_of(self, holder: Hashable) -> int:
         """What is counted for a holder."""
         return self._bytes.get(holder, 0)
+
+    def bytes_of_peer(self, peer: str) -> int:
+        """What is counted for all holders of a peer."""
+        return sum(self._bytes[holder] for holder, owner in self._owners.items() if owner == peer)
+
+    def peer_may_have(self, peer: str, holder: Hashable, wanted: int) -> bool:
+        """Whether a holder could have ``wanted`` bytes in all without its peer having more than one may."""
+        allowed = self.limits.peer_cache_bytes
+        return not allowed or self.bytes_of_peer(peer) - self._bytes.get(holder, 0) + wanted <= allowed
 
     def room_for(self, holder: Hashable, wanted: int) -> bool:
         """Whether a holder could have ``wanted`` bytes in all."""
@@ -111,7 +124,7 @@ class Quotas:
         seconds = bucket.wait_seconds() if bucket else 0.0
         if seconds > LONGEST_WAIT:
             raise PeerRefusedError(
-                f"over your {terms.tokens_per_second:g} tokens per second; try again in {seconds:.0f} s",
+                f"over your {self.rate(terms):g} tokens per second; try again in {seconds:.0f} s",
                 code="limit",
                 retry_after=seconds,
             )
@@ -122,11 +135,17 @@ class Quotas:
         if bucket:
             bucket.spend(tokens)
 
+    def rate(self, terms: Terms) -> float:
+        """Tokens per second of a peer with these terms: the lower of the server's and its invite's; 0: no limit."""
+        rates = [rate for rate in (self.limits.tokens_per_second, terms.tokens_per_second) if rate > 0]
+        return min(rates, default=0.0)
+
     def _bucket(self, peer: str, terms: Terms) -> TokenBucket | None:
-        if terms.tokens_per_second <= 0:
+        rate = self.rate(terms)
+        if rate <= 0:
             return None
-        key = (peer, terms.tokens_per_second)
+        key = (peer, rate)
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[key] = TokenBucket(terms.tokens_per_second, self._clock)
+            bucket = self._buckets[key] = TokenBucket(rate, self._clock)
         return bucket

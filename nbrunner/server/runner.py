@@ -297,6 +297,7 @@ class BlockServer:
         return msgspec.structs.replace(
             limits,
             cache_bytes=cache,
+            peer_cache_bytes=min(limits.peer_cache_bytes, cache),
             session_tokens=limits.session_tokens or session_tokens(checkpoint),
             adapter_bytes=min(limits.adapter_bytes, cache // (4 * PEERS)),
             kept_bytes=min(limits.kept_bytes, cache // 4),

@@ -297,6 +297,11 @@ class ServerSession:
     # -- its memory, when others want it -------------------------------------------------------------------------
 
     @property
+    def peer(self) -> str:
+        """Whose it is."""
+        return self.stream.peer
+
+    @property
     def idle_seconds(self) -> float:
         """Since its last step; 0 while it has one, or holds nothing that could be dropped."""
         if self._busy or not self._parts.empty() or not self.state.length:

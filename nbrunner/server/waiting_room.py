@@ -1,7 +1,8 @@
 """Waiting for memory: who is full is not out. A bounded queue with a place and an estimate, for a bounded time.
 
 Memory becomes free when a session ends, and when one that has been idle is dropped: its client rebuilds it from its
-journal with the next step. So nobody is refused while others only hold memory without using it.
+journal with the next step. So nobody is refused while others only hold memory without using it. A peer that has as
+much as one may have waits for its own sessions, and holds nobody else up.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ Tell = Callable[[int, float | None], Awaitable[None]]
 
 class Droppable(Protocol):
     """A session, as far as its memory goes."""
+
+    @property
+    def peer(self) -> str:
+        """Whose it is."""
 
     @property
     def idle_seconds(self) -> float:
@@ -99,11 +104,25 @@ class WaitingRoom:
                 code="full",
                 retry_after=RETRY_FULL,
             )
+        allowed = self._limits.peer_cache_bytes
+        if allowed and wanted > allowed:
+            raise PeerRefusedError(
+                f"a session of {wanted} bytes is over the {allowed} bytes that you may have here",
+                code="full",
+                retry_after=RETRY_FULL,
+            )
         entry = _Entry(peer, holder, wanted, growing)
         if self._is_next(entry) and self._make_room(entry):
-            self._quotas.set_bytes(holder, wanted)
+            self._quotas.set_bytes(holder, wanted, peer=peer)
             return
         if tell is None:
+            if self._blocked(entry):
+                raise PeerRefusedError(
+                    f"you have {self._quotas.bytes_of_peer(peer)} of the {allowed} bytes that you may have here, "
+                    f"and ask for {wanted}: close a session first",
+                    code="full",
+                    retry_after=RETRY_FULL,
+                )
             raise PeerRefusedError(
                 f"no room for {wanted} bytes now: {self._quotas.bytes_left} of {self._limits.cache_bytes} are left",
                 code="full",
@@ -114,15 +133,15 @@ class WaitingRoom:
         self._entries.sort(key=lambda one: not one.growing)
         try:
             await self._wait(entry, tell)
-            self._quotas.set_bytes(holder, wanted)
+            self._quotas.set_bytes(holder, wanted, peer=peer)
         finally:
             self._entries.remove(entry)
-            self._wake_first()
+            self._wake()
 
     def freed(self) -> None:
         """Some memory has been given back."""
         self._freed.append(self._clock())
-        self._wake_first()
+        self._wake()
 
     def _admit(self, entry: _Entry) -> None:
         """`PeerRefusedError` if nobody else can wait here now."""
@@ -152,21 +171,29 @@ class WaitingRoom:
                 )
 
     def _is_next(self, entry: _Entry) -> bool:
-        before = [one for one in self._entries if one is not entry and (one.growing or not entry.growing)]
-        if entry in self._entries:
-            return self._entries[0] is entry
-        return not before
+        """Whether nobody is before it who could be let in before it."""
+        ahead = self._entries[: self._entries.index(entry)] if entry in self._entries else self._entries
+        return not any((one.growing or not entry.growing) and not self._blocked(one) for one in ahead)
+
+    def _blocked(self, entry: _Entry) -> bool:
+        """Whether its own peer has too much."""
+        return not self._quotas.peer_may_have(entry.peer, entry.holder, entry.wanted)
 
     def _make_room(self, entry: _Entry) -> bool:
         """Whether there is room, if need be by dropping idle sessions, the longest idle first."""
-        fits = self._quotas.room_for(entry.holder, entry.wanted)
-        if fits:
+        mine = [one for one in self._sessions() if one.peer == entry.peer]
+        if not self._drop_until(lambda: not self._blocked(entry), mine):
+            return False
+        return self._drop_until(lambda: self._quotas.room_for(entry.holder, entry.wanted), self._sessions())
+
+    def _drop_until(self, enough: Callable[[], bool], sessions: Iterable[Droppable]) -> bool:
+        if enough():
             return True
-        idle = [one for one in self._sessions() if one.idle_seconds >= IDLE_SECONDS]
+        idle = [one for one in sessions if one.idle_seconds >= IDLE_SECONDS]
         for session in sorted(idle, key=lambda one: -one.idle_seconds):
             session.drop()
             self._freed.append(self._clock())
-            if self._quotas.room_for(entry.holder, entry.wanted):
+            if enough():
                 return True
         return False
 
@@ -180,6 +207,7 @@ class WaitingRoom:
         mean = (self._clock() - self._freed[0]) / len(self._freed)
         return min(mean * self._place(entry), self._limits.wait_seconds)
 
-    def _wake_first(self) -> None:
-        if self._entries:
-            self._entries[0].wake.set()
+    def _wake(self) -> None:
+        """All of them: the first may be held back by what its own peer has."""
+        for entry in self._entries:
+            entry.wake.set()
