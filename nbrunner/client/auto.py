@@ -15,10 +15,10 @@ import torch
 
 from nbrunner.blocks.checkpoint import Checkpoint, resolve_checkpoint
 from nbrunner.blocks.skeleton import load_client_model
+from nbrunner.client.candidates import SessionOptions
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.model import DistributedModel
 from nbrunner.client.remote import RemoteLayers
-from nbrunner.client.session import SessionOptions
 from nbrunner.client.swarm_runner import SwarmRunner
 from nbrunner.errors import NBRunnerError, UserInputError
 from nbrunner.protocol.credentials import Invite

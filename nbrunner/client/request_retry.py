@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 
 from nbrunner.blocks.adapters import SpanAdapter
-from nbrunner.client.session import SessionOptions
-from nbrunner.errors import BadPeerDataError, MissingBlocksError, PeerError, PeerRefusedError
+from nbrunner.client.candidates import Candidates, SessionOptions
+from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError
 from nbrunner.protocol.identity import short_peer
-from nbrunner.swarm.directory import Directory, SwarmView
-from nbrunner.swarm.routing import PlannedHop, plan_chain
+from nbrunner.swarm.directory import Directory
+from nbrunner.swarm.routing import PlannedHop
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,17 @@ class Retry:
         adapter: SpanAdapter | None,
         pending: Mapping[str, int],
     ) -> None:
-        self._pending = pending
-        self._model, self._options = model, options
-        self._adapter = adapter.uid if adapter is not None else ""
+        self._options = options
         self._directory = directory
+        self._candidates = Candidates(
+            directory,
+            model,
+            options,
+            adapter=adapter.uid if adapter is not None else "",
+            mode="throughput",
+            pending=pending,
+        )
         self._deadline: float | None = None
-        self._avoid: dict[str, float] = {}
         self._bad: set[str] = set()
         self._tried: list[str] = []
         self._failures = 0
@@ -51,44 +56,8 @@ class Retry:
 
     async def plan(self, start: int, end: int) -> Sequence[PlannedHop]:
         """Servers for these blocks, waited for if there are none; `MissingBlocksError` when the budget is over."""
-        options = self._options
-        missing: MissingBlocksError | None = None
-
-        def possible(view: SwarmView) -> list[PlannedHop] | None:
-            nonlocal missing
-            try:
-                return plan_chain(
-                    view,
-                    model=self._model,
-                    start=start,
-                    end=end,
-                    mode="throughput",
-                    allowed=options.allowed_peers,
-                    blocked=options.blocked_peers,
-                    exclude=self._avoided(),
-                    adapter=self._adapter,
-                    pending=self._pending,
-                )
-            except MissingBlocksError as error:
-                missing = error
-                return None
-
-        plan = possible(self._directory.view)
-        deadline = self._deadline or time.monotonic() + options.retry_budget
-        while plan is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise MissingBlocksError(
-                    missing.blocks if missing is not None else [(start, end)],
-                    model=self._model,
-                    tried=[*(missing.tried if missing is not None else []), *self._tried[-8:]],
-                ) from missing
-            soonest = min(self._avoid.values(), default=float("inf")) - time.monotonic()
-            try:
-                plan = await self._directory.wait_for(possible, min(left, max(soonest, 0.05)))
-            except TimeoutError:
-                plan = possible(self._directory.view)
-        return plan
+        deadline = self._deadline or time.monotonic() + self._options.retry_budget
+        return await self._candidates.chain(start, end, deadline=deadline, tried=lambda: self._tried[-8:])
 
     async def failed(self, peer: str, error: PeerError) -> None:
         """Take note of a failure; raises if it makes no sense to go on."""
@@ -105,7 +74,7 @@ class Retry:
             if len(self._bad) > 1:
                 raise error
         if code in BUSY_CODES:
-            self._avoid[peer] = now + (getattr(error, "retry_after", None) or 2.0)
+            self._candidates.avoid(peer, getattr(error, "retry_after", None) or 2.0)
         else:
             self._directory.mark_failed(peer, str(error))
         if now > self._deadline:
@@ -113,7 +82,3 @@ class Retry:
         self._failures += 1
         if self._failures > 1:  # the first replacement is tried at once; what keeps failing must not be hammered
             await asyncio.sleep(min(0.05 * 2**self._failures, 1.0))
-
-    def _avoided(self) -> frozenset[str]:
-        now = time.monotonic()
-        return frozenset(peer for peer, until in self._avoid.items() if until > now)

@@ -21,6 +21,7 @@ from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.measuring import join_rows, measure_states
 from nbrunner.client.adapter_grads import beside_adapter, most_adapted
 from nbrunner.client.adapters import AdapterSender
+from nbrunner.client.candidates import SessionOptions
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.measuring import (
     MeasuredPart,
@@ -45,7 +46,6 @@ from nbrunner.client.request_tensors import (
     take_carry,
 )
 from nbrunner.client.runner import Ahead, Carry, ForwardOutput, Gradients, Kept, Pass, Segment, Tape
-from nbrunner.client.session import SessionOptions
 from nbrunner.client.watch import note_pass
 from nbrunner.errors import (
     BadPeerDataError,

@@ -13,7 +13,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,6 +22,7 @@ import torch
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.client.adapters import AdapterSender
+from nbrunner.client.candidates import Candidates, SessionOptions
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.history import History, Snapshot
 from nbrunner.client.hop import Arrival, HopStream, Inbox
@@ -38,8 +39,6 @@ from nbrunner.errors import (
 )
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.messages import CacheOp, Draining, HopTiming, OpenSession, Queued, Refused, StepFailed
-from nbrunner.swarm.directory import SwarmView
-from nbrunner.swarm.routing import PlannedHop, plan_chain
 
 logger = logging.getLogger(__name__)
 
@@ -52,28 +51,11 @@ FIRST_CHECK_SECONDS = 1.0
 QUEUE_AVOID_SECONDS = 5.0
 """How long a server that made a step wait for memory is left alone when another has room."""
 
+LEAVING_SECONDS = 60.0
+"""How long a server that said it leaves is not chosen again."""
+
 RESERVE_TOKENS = 256
 """Room a server should have beyond the tokens known, when a chain is chosen."""
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """How a session chooses servers and how long it tries.
-
-    Attributes
-    ----------
-    allowed_peers, blocked_peers
-        PeerIDs to which the chain is limited, or which it must avoid.
-    retry_budget
-        Seconds from the first failure of a step until it is given up.
-    in_8bit
-        Hidden states of sessions travel with 8 bits a number, between those who understand that.
-    """
-
-    allowed_peers: Collection[str] | None = None
-    blocked_peers: Collection[str] | None = None
-    retry_budget: float = 30.0
-    in_8bit: bool = False
 
 
 @dataclass(eq=False)
@@ -142,8 +124,9 @@ class ChainSession:
         self._inbox: Inbox = asyncio.Queue()
         self._lock = asyncio.Lock()
         self._attempts = itertools.count(1)
-        self._avoid: dict[str, float] = {}
-        self._full: set[str] = set()
+        self._candidates = Candidates(
+            self._directory, model, self.options, adapter=adapter.uid if adapter is not None else ""
+        )
         self._queued: dict[str, tuple[Queued, float]] = {}
         self._broken: set[tuple[str, str]] = set()
         self._step_seconds = 0.0
@@ -268,7 +251,7 @@ class ChainSession:
                     raise MissingBlocksError(
                         self._journal.gaps() or [(self._journal.start, self._journal.end)],
                         model=self.model,
-                        tried=[f"{short_peer(peer)}: {why}" for peer, why in self.stats.lost[-8:]],
+                        tried=self._tried(failed_before=False),
                     ) from failure.error
                 if retry:  # the first replacement is tried at once; what keeps failing must not be hammered
                     await asyncio.sleep(min(0.05 * 2**retry, 1.0))
@@ -393,7 +376,7 @@ class ChainSession:
         if code in ("limit", "credential", "role", "version"):
             return _Failure(error, hop, at_fault=False)
         if code == "full":
-            self._full.add(hop.peer)
+            self._candidates.full.add(hop.peer)
         if code in ("full", "draining"):
             return _Failure(error, hop, avoid_seconds=retry_after or 2.0)
         return _Failure(error, hop)
@@ -443,7 +426,7 @@ class ChainSession:
         self.stats.lost.append((hop.peer, str(failure.error)))
         logger.info("lost %s: %s", short_peer(hop.peer), failure.error)
         if failure.avoid_seconds:
-            self._avoid[hop.peer] = time.monotonic() + failure.avoid_seconds
+            self._candidates.avoid(hop.peer, failure.avoid_seconds)
         elif not (isinstance(failure.error, PeerRefusedError) and failure.error.code in ("position", "session")):
             self._directory.mark_failed(hop.peer, str(failure.error))
         self._journal.drop(hop.session)
@@ -457,23 +440,8 @@ class ChainSession:
         entry = next((one for one in self._journal.hops if one.session == hop.session), None)
         if entry is None:
             return False
-        now = time.monotonic()
-        avoid = {peer for peer, until in self._avoid.items() if until > now}
-        try:
-            plan_chain(
-                self._directory.view,
-                model=self.model,
-                start=entry.start,
-                end=entry.end,
-                allowed=self.options.allowed_peers,
-                blocked=self.options.blocked_peers,
-                exclude=frozenset({hop.peer} | avoid | self._full),
-                adapter=self._adapter.uid if self._adapter is not None else "",
-                cache_tokens=(self._journal.length + RESERVE_TOKENS) * max(self._history.batch, 1),
-            )
-        except MissingBlocksError:
-            return False
-        return True
+        tokens = (self._journal.length + RESERVE_TOKENS) * max(self._history.batch, 1)
+        return self._candidates.others(hop.peer, entry.start, entry.end, cache_tokens=tokens)
 
     async def _discard(self, session: str) -> None:
         hop = self._hops.pop(session, None)
@@ -488,10 +456,14 @@ class ChainSession:
         failed_before = deadline is not None
         if deadline is None:
             deadline = time.monotonic() + self.options.retry_budget
+        tokens = (pending.end + RESERVE_TOKENS) * max(self._history.batch, 1)
         while self._journal.gaps():
             await self._widen_gaps()
             for start, end in self._journal.gaps():
-                for planned in await self._plan(start, end, pending, deadline, failed_before):
+                chain = await self._candidates.chain(
+                    start, end, deadline=deadline, tried=lambda: self._tried(failed_before), cache_tokens=tokens
+                )
+                for planned in chain:
                     self._journal.place(ChainHop(planned.peer, secrets.token_hex(16), planned.start, planned.end))
             await self._open_new_hops()
         await self._relink()
@@ -509,58 +481,11 @@ class ChainSession:
             self._journal.drop(beside.session)
             await self._discard(beside.session)
 
-    async def _plan(
-        self, start: int, end: int, pending: PendingStep, deadline: float, failed_before: bool
-    ) -> Sequence[PlannedHop]:
-        missing: MissingBlocksError | None = None
-
-        def possible(view: SwarmView) -> list[PlannedHop] | None:
-            nonlocal missing
-            now = time.monotonic()
-            avoid = {peer for peer, until in self._avoid.items() if until > now}
-            # where nobody else is left, those that are full are asked again, and waited for
-            for exclude in (avoid, avoid - self._full) if avoid & self._full else (avoid,):
-                try:
-                    return plan_chain(
-                        view,
-                        model=self.model,
-                        start=start,
-                        end=end,
-                        allowed=self.options.allowed_peers,
-                        blocked=self.options.blocked_peers,
-                        exclude=frozenset(exclude),
-                        adapter=self._adapter.uid if self._adapter is not None else "",
-                        cache_tokens=(pending.end + RESERVE_TOKENS) * max(self._history.batch, 1),
-                    )
-                except MissingBlocksError as error:
-                    missing = error
-            return None
-
-        plan = possible(self._directory.view)
-        while plan is None:
-            remaining = deadline - time.monotonic()
-            soonest = min((until for until in self._avoid.values()), default=float("inf"))
-            wait = min(remaining, max(soonest - time.monotonic(), 0.05))
-            if remaining <= 0:
-                break
-            try:
-                plan = await self._directory.wait_for(possible, wait)
-            except TimeoutError:
-                continue
-        if plan is not None:
-            return plan
-        hint = ""
-        if failed_before:
-            hint = f"Waited {self.options.retry_budget:.0f} s for another server."
-        raise MissingBlocksError(
-            missing.blocks if missing else [(start, end)],
-            model=self.model,
-            tried=[
-                *(missing.tried if missing else []),
-                *(f"{short_peer(peer)}: {why}" for peer, why in self.stats.lost[-8:]),
-                *([hint] if hint else []),
-            ],
-        )
+    def _tried(self, failed_before: bool) -> list[str]:
+        """Who was lost lately, and how long we waited, for whoever reads that nobody is left."""
+        lost = [f"{short_peer(peer)}: {why}" for peer, why in self.stats.lost[-8:]]
+        hint = f"Waited {self.options.retry_budget:.0f} s for another server."
+        return [*lost, hint] if failed_before else lost
 
     async def _open_hop(self, hop: ChainHop, upstream: str | None) -> HopStream:
         ops, vectors = self._edits.packed(hop.start, hop.end)
@@ -572,7 +497,7 @@ class ChainSession:
             upstream,
             ops,
             in_8bit=self.options.in_8bit,
-            wait=hop.peer in self._full,
+            wait=hop.peer in self._candidates.full,
         )
         node = self._connection.node
         if self._adapter is None or self._sender is None:
@@ -604,9 +529,9 @@ class ChainSession:
         fatal: BaseException | None = None
         for hop, result in zip(new, results, strict=True):
             self._queued.pop(hop.peer, None)
-            waited = hop.peer in self._full
+            waited = hop.peer in self._candidates.full
             if isinstance(result, HopStream):
-                self._full.discard(hop.peer)
+                self._candidates.full.discard(hop.peer)
                 self._hops[hop.session] = result
                 self._journal.croppable = all(one.croppable for one in self._hops.values())
                 if self.stats.steps:
@@ -617,8 +542,8 @@ class ChainSession:
                 fatal = result  # all others were asked before, and this one was waited for
             elif isinstance(result, PeerRefusedError) and result.code in ("full", "draining", "limit"):
                 if result.code == "full":
-                    self._full.add(hop.peer)
-                self._avoid[hop.peer] = time.monotonic() + (result.retry_after or 2.0)
+                    self._candidates.full.add(hop.peer)
+                self._candidates.avoid(hop.peer, result.retry_after or 2.0)
                 self.stats.lost.append((hop.peer, str(result)))
             elif isinstance(result, PeerRefusedError) and result.code in ("credential", "role", "version"):
                 fatal = result
@@ -653,19 +578,8 @@ class ChainSession:
             entry = next((one for one in self._journal.hops if one.session == hop.session), None)
             if entry is None:
                 continue
-            try:
-                plan_chain(
-                    self._directory.view,
-                    model=self.model,
-                    start=entry.start,
-                    end=entry.end,
-                    allowed=self.options.allowed_peers,
-                    blocked=self.options.blocked_peers,
-                    exclude=frozenset({hop.peer}),
-                    adapter=self._adapter.uid if self._adapter is not None else "",
-                )
-            except MissingBlocksError:
+            if not self._candidates.others(hop.peer, entry.start, entry.end, with_room=False):
                 continue
-            self._avoid[hop.peer] = time.monotonic() + 60.0
+            self._candidates.avoid(hop.peer, LEAVING_SECONDS)
             self._journal.drop(hop.session)
             await self._discard(hop.session)

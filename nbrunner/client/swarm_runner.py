@@ -14,12 +14,13 @@ from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lora import Learned
 from nbrunner.client.adapters import AdapterSender
+from nbrunner.client.candidates import SessionOptions
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.measuring import MAX_ASKED_BYTES, LensSource, finish
 from nbrunner.client.named_adapters import NamedAdapters, Offer, ServedAdapter
 from nbrunner.client.requests import BlockRequests
 from nbrunner.client.runner import Ahead, ForwardOutput, Gradients, Tape
-from nbrunner.client.session import ChainSession, SessionOptions
+from nbrunner.client.session import ChainSession
 from nbrunner.client.travel import StepOutput
 from nbrunner.client.watch import current_watch, waiting
 from nbrunner.errors import UserInputError
