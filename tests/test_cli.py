@@ -82,6 +82,7 @@ def test_version(run: Run) -> None:
         (["serve", "tiny"], "--new-swarm"),
         (["serve", "tiny", "--new-swarm", "--blocks", "3:x"], "not a range"),
         (["serve", "tiny", "--new-swarm", "--cache-memory", "lots"], "not an amount"),
+        (["serve", "tiny", "--new-swarm", "--peer-cache-memory", "much"], "not an amount"),
         (["serve", "tiny", "--new-swarm", "--host", "nowhere"], "--host"),
         (["serve", "tiny", "--new-swarm", "--log-level", "loud"], "log level"),
         (["serve", "tiny", "--invite", "nbr1-xyz"], "invite"),
@@ -118,6 +119,15 @@ def test_a_user_invite_does_not_let_one_serve(run: Run) -> None:
     code, _, errors = run("serve", "tiny", "--invite", str(SwarmKey().invite([address])))
     assert code == 2
     assert "host" in errors
+
+
+def test_what_runs_on_gpus_only_is_refused_on_a_cpu(run: Run) -> None:
+    code, output, errors = run("serve", "tiny", "--new-swarm", "--device", "cpu", "--quantize", "nf4", "--json")
+    assert code == 2
+    assert "nf4 runs on GPUs only" in errors
+    assert "--quantize int4" in errors
+    assert "Traceback" not in errors
+    assert not any("ready" in line for line in output.splitlines())
 
 
 def test_a_model_without_safetensors_is_refused(run: Run, tmp_path: Path, tiny_path: Path) -> None:

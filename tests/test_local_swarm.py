@@ -100,6 +100,20 @@ def test_it_is_what_it_says_and_grows_and_ends() -> None:
         swarm.add_server("0:4")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_servers_that_share_a_machine_leave_each_other_room() -> None:
+    """Threads that sleep at barriers, one torch thread each, uvloop, and one copy of the weights for all."""
+    with nbrunner.LocalSwarm("tiny", ["0:4", "0:4"]) as swarm:
+        for server in swarm.servers:
+            process = psutil.Process(server.pid)
+            said = process.environ()
+            assert (said["OMP_WAIT_POLICY"], said["OMP_NUM_THREADS"]) == ("PASSIVE", "1")
+            mapped = {one.path for one in process.memory_maps()}
+            assert any("/uvloop/loop" in path for path in mapped)
+            # mapped from the file and not read into memory: the pages are the page cache's, whoever looks at them
+            assert str(Path(swarm.model, "model.safetensors")) in mapped
+
+
 @pytest.mark.parametrize(
     ("model", "servers", "words"),
     [

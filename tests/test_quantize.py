@@ -24,6 +24,7 @@ from nbrunner.blocks.adapters import BlockAdapter, Lora, SpanAdapter
 from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.quant_linear import CPU_KINDS, QuantLinear, choose_kernel_rows
 from nbrunner.blocks.quantize import load_quantized
+from nbrunner.blocks.quantize_gpu import quantize_block
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import UserInputError
 
@@ -193,6 +194,24 @@ def test_what_cannot_be_is_refused(llama: Path) -> None:
         load_quantized(checkpoint, 0, 1, "nf4", dtype=torch.float32)
     with pytest.raises(UserInputError, match="int3"):
         load_quantized(checkpoint, 0, 1, "int3", dtype=torch.float32)
+
+
+def test_nothing_is_learned_through_bitsandbytes_4_bit_weights_on_a_cpu(llama: Path) -> None:
+    """Where they are in a checkpoint, say. In its first forward pass without gradients it packs them once more, for
+    processors that it has kernels for, and gradients after that are silently cut: so they are refused everywhere,
+    before and after, and forward passes are not."""
+    checkpoint = resolve_checkpoint(llama)
+    plain, packed = (BlockSpan.load(checkpoint, 1, 3) for _ in range(2))
+    for block in (1, 2):
+        quantize_block(packed.block(block), "nf4", dtype=torch.float32, device="cpu")
+    hidden = torch.randn(2, 7, 128)
+    for _ in range(2):
+        with pytest.raises(UserInputError, match="no gradients through 4-bit weights on a CPU"):
+            packed.backward(hidden, hidden)
+        with pytest.raises(UserInputError, match="no gradients through 4-bit weights on a CPU"):
+            packed.trace(hidden)
+        assert 0 < off(packed.forward(hidden).hidden, plain.forward(hidden).hidden) < WORST["int4"]
+        assert packed.forward(hidden, cache=packed.new_cache()).hidden.isfinite().all()
 
 
 def test_a_model_too_small_for_it_says_so(tmp_path: Path) -> None:

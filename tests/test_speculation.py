@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -146,19 +147,39 @@ def test_scores_ends_and_streams_are_those_of_plain_generation() -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.scores, guessed.scores, strict=True))
 
 
+class Constant:
+    """Guesses the same whatever the text says, which is right now and then; counts what it guessed."""
+
+    guessed = 0
+
+    def propose(self, ids: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
+        self.guessed += count
+        return torch.tensor([[1, 0, 1][:count]])
+
+
 def test_the_distribution_is_the_models() -> None:
-    """Without a common seed: the second token's frequencies over many runs, with and without guesses."""
-    model, ids = small(0, vocabulary=6), torch.tensor([[1, 2, 3, 1, 2]]).repeat(4000, 1)
-    counts = []
-    for how in ("off", 2):
-        found = Speculation.of(model, how)
-        torch.manual_seed(hash(str(how)) % 1000)
-        extra = {} if found is None else {"custom_generate": found}
-        text = model.generate(ids, do_sample=True, max_new_tokens=2, top_k=0, **extra)
-        counts.append(torch.bincount(text[:, -1], minlength=6).float())
-    plain, guessed = counts
-    statistic = ((plain - guessed) ** 2 / (plain + guessed).clamp(min=1)).sum()
-    assert float(statistic) < 25  # chi-square with 5 degrees of freedom: one in ten thousand is above 25.7
+    """How often each text of four tokens comes with guesses, over how likely the model itself makes it."""
+    runs, model, ids = 800, small(0, vocabulary=2), torch.tensor([[1, 1, 0, 1]])
+    texts = torch.tensor(list(itertools.product(range(2), repeat=4)))
+    with torch.no_grad():
+        logits = model(torch.cat([ids.repeat(len(texts), 1), texts], dim=1)).logits[:, ids.shape[1] - 1 : -1]
+    likely = (5 * logits).log_softmax(-1).gather(2, texts[..., None])[..., 0].sum(1).exp()
+    assert float(likely.sum()) == pytest.approx(1.0, abs=1e-4)
+    assert float(likely.max()) > 2 * float(likely.min())
+    torch.manual_seed(4)
+    counts, proposer, kept = torch.zeros(len(texts)), Constant(), 0
+    for _ in range(runs):  # one text at a time: rows of a batch must all agree with a guess before it is kept
+        window = Window(fixed=3)
+        how = {"do_sample": True, "temperature": 0.2, "top_k": 0, "max_new_tokens": 4}
+        mask = torch.ones_like(ids)
+        text = model.generate(ids, attention_mask=mask, **how, custom_generate=Speculation(proposer, window))
+        counts[int(text[0, -4:] @ torch.tensor([8, 4, 2, 1]))] += 1
+        kept += window.tokens - window.rounds
+    assert proposer.guessed > 2 * runs
+    assert runs / 2 < kept < proposer.guessed  # both happen: guesses that are kept, and guesses that are not
+    expected = runs * likely
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert statistic < 39.7  # chi-square with 15 degrees of freedom: above in five of ten thousand
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -177,6 +198,52 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 # -- over a swarm --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+def test_batches_over_a_swarm_whose_server_is_lost_in_the_middle(tiny_path: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    plain = AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.bfloat16)
+    rows = tokenizer(
+        [COUNTING, "one two three four five six seven eight one two"], padding=True, return_tensors="pt"
+    )
+    arguments = {"max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": tokenizer.pad_token_id}
+
+    class Killer:
+        """A streamer that takes a server away behind so many tokens; batches have no streamer of transformers."""
+
+        def __init__(self, server: Any, after: int) -> None:
+            self.server, self.left = server, after
+
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            self.left -= 1
+            if not self.left:
+                self.server.kill()
+            return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+    with nbrunner.LocalSwarm("tiny", ["0:4", "4:8", "4:8"]) as swarm:
+        model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(swarm.model, invite=swarm.invite)
+        try:
+            for sampled in (False, True):
+                arguments |= {"do_sample": sampled, "temperature": 0.8 if sampled else None}
+                torch.manual_seed(3)
+                wanted = model.generate(**rows, **arguments)
+                torch.manual_seed(3)
+                assert torch.equal(model.generate(**rows, **arguments, speculate=3, draft_model=plain), wanted)
+            arguments |= {"do_sample": False, "temperature": None}
+            wanted = model.generate(**rows, **arguments)
+            with model.inference_session() as session:
+                session.generate(rows.input_ids[:1, :2], max_new_tokens=1)
+                used = {peer for peer, _, _ in session.chain}
+            victim = next(one for one in swarm.servers if one.peer_id in used and one.blocks[0] == 4)
+            killer = Killer(victim, after=9)
+            found = model.generate(**rows, **arguments, speculate=3, draft_model=plain, stopping_criteria=[killer])
+            assert killer.left < 0
+            assert not victim.alive
+            assert torch.equal(found, wanted)
+        finally:
+            model.close()
 
 
 @pytest.mark.network
