@@ -55,14 +55,16 @@ def local_model(name: str) -> Any:
     return model
 
 
-def remote_model(name: str, invite: str) -> Any:
-    """The same model over a swarm."""
+def remote_model(name: str, invite: str, **options: Any) -> Any:
+    """The same model over a swarm; options as of ``from_pretrained``."""
     import torch
 
     import nbrunner
 
     torch.set_num_threads(1)
-    model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(str(checkpoint(name)), invite=invite)
+    model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(
+        str(checkpoint(name)), invite=invite, **options
+    )
     model.generation_config.eos_token_id = None
     return model
 

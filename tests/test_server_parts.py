@@ -18,6 +18,7 @@ from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.messages import CacheOp
 from nbrunner.protocol.tensors import pack
+from nbrunner.server import compute
 from nbrunner.server.compute import ComputeThread
 from nbrunner.server.inputs import Form, sizes, take_inputs, windows
 from nbrunner.server.options import parse_blocks, parse_bytes
@@ -292,6 +293,39 @@ def test_parts_of_several_sessions_run_together_and_fail_apart() -> None:
         thread.close()
     assert passes[0] == [1, 1, 4, 32]  # the prompt's first piece beside the decode steps
     assert sum(map(sum, passes)) == 1 + 1 + 4 + 1 + 100
+
+
+def test_a_step_waits_for_those_of_other_sessions_and_for_nobody_if_there_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A session by itself would wait here for minutes."""
+    monkeypatch.setattr(compute, "GATHER_SECONDS", 120.0)
+    monkeypatch.setattr(compute, "ACTIVE_SECONDS", 120.0)
+    thread, passes = ComputeThread(), []
+
+    def run(chosen: Sequence[tuple[FakePart, int]]) -> list[Exception | None]:
+        passes.append(len(chosen))
+        return run_fakes(chosen)
+
+    thread.serve_parts(run)
+
+    async def step(session: str) -> None:
+        await thread.submit_part(FakePart(lambda: None), Urgency.DECODE, peer="p", session=session)
+
+    async def main() -> None:
+        async with asyncio.timeout(30):
+            for _ in range(3):
+                await step("one")
+            other = asyncio.create_task(step("two"))
+            await asyncio.sleep(0.02)
+            assert not other.done()
+            await asyncio.gather(other, step("one"))
+
+    try:
+        asyncio.run(main())
+    finally:
+        thread.close()
+    assert passes == [1, 1, 1, 2]
 
 
 def _fail() -> None:
