@@ -841,13 +841,13 @@ def test_a_full_server_says_so_and_has_room_again_when_a_session_ends(
         second, two = await open_session(small_node, server.peer_id, uid, (0, 3))
         for stream, session in ((first, one), (second, two)):
             step = Step(1, 1, 0, 130, 129, [Hop(server.peer_id, session, 0, 3)])
-            await stream.send(step, [pack("hidden", hidden(130))])
+            await stream.send(step, [pack("hidden", hidden(130, seed=len(answers)))])
             answers.append((await receive(stream))[0])
         first.close()
 
         async def fits() -> bool:
             step = Step(1, 2 + len(answers), 0, 130, 129, [Hop(server.peer_id, two, 0, 3)])
-            await second.send(step, [pack("hidden", hidden(130))])
+            await second.send(step, [pack("hidden", hidden(130, seed=1))])
             answers.append((await receive(second))[0])
             return isinstance(answers[-1], StepResult)
 

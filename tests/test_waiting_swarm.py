@@ -70,7 +70,7 @@ def test_a_session_waits_for_room_and_says_so(swarm: Any, monkeypatch: pytest.Mo
     _, plain, model = swarm
     first, second = model.inference_session(), model.inference_session()
     text = prompt(1, 140)
-    first.generate(text, **GREEDY)
+    first.generate(prompt(1, 140, seed=2), **GREEDY)
     found: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: found.append(second.generate(text, **GREEDY)))
     thread.start()
@@ -93,7 +93,7 @@ def test_waiting_ends_with_an_error_that_says_why(family: Any) -> None:
         without_end(model)
         swarm.seen_by(model)
         first, second = model.inference_session(), model.inference_session()
-        first.generate(prompt(1, 140), **GREEDY)
+        first.generate(prompt(1, 140, seed=2), **GREEDY)
         with pytest.raises(NBRunnerError, match="no room for"):
             second.generate(prompt(1, 140), **GREEDY)
         first.close()
@@ -108,10 +108,9 @@ def test_a_session_that_is_refused_for_room_goes_to_a_server_that_has_some(swarm
     servers.add(0, 4)
     servers.seen_by(model)
     sessions = [model.inference_session() for _ in range(3)]
-    text = prompt(1, 140)
-    expected = plain.generate(text, **GREEDY)
-    for session in sessions:
-        assert torch.equal(session.generate(text, **GREEDY), expected)
+    for number, session in enumerate(sessions):
+        text = prompt(1, 140, seed=number)
+        assert torch.equal(session.generate(text, **GREEDY), plain.generate(text, **GREEDY))
         assert session.queued == ""
     for session in sessions:
         session.close()

@@ -117,6 +117,11 @@ class Batcher:
     def layout(self) -> Layout:
         return self.joining.layout
 
+    @property
+    def tables_change(self) -> bool:
+        """Whether tables of positions depend on how long a session is."""
+        return bool(self._ropes)
+
     def forward(self, steps: Sequence[SpanStep]) -> list[SpanOutput | Exception]:
         """Run steps of different sessions, each of which `BlockSpan.check_step` has let pass.
 

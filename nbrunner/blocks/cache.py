@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from ..errors import UserInputError
 from .compat import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from .prefix import FrozenTokens, Prefix
 
 PAGE_TOKENS = 16
 """Buffers are whole pages of so many tokens."""
@@ -98,6 +99,73 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._used = 0
         self.is_initialized = False
 
+    def frozen(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first tokens in its buffers, copied into buffers of exactly their size."""
+        assert self._keys is not None and self._values is not None  # noqa: S101, PT018 - asked of filled layers only
+        return self._keys[:, :, :count].clone(), self._values[:, :, :count].clone()
+
+    def behind(self, slot: int, prefix: Prefix, count: int) -> ForkedLayer:
+        """A layer that has a prefix in the place of the first tokens in its buffers, and a copy of the rest."""
+        layer = ForkedLayer(slot, prefix)
+        rest = self._used - count
+        if rest and self._keys is not None and self._values is not None:
+            layer._keys, layer._values = (
+                _resized(buffer[:, :, count:], rest, buffer_tokens(rest)) for buffer in (self._keys, self._values)
+            )
+            layer._used = rest
+        return layer
+
+
+class ForkedLayer(GrowingLayer):
+    """A layer whose first tokens are those of a prefix; what follows lies in growing buffers of its own.
+
+    `update` puts them together, which copies them. That is right for every model.
+
+    Parameters
+    ----------
+    slot : int
+        Its number in the model.
+    prefix : Prefix
+        Not empty; may be replaced by another of the same tokens.
+    """
+
+    def __init__(self, slot: int, prefix: Prefix) -> None:
+        super().__init__()
+        self.slot, self.prefix = slot, prefix
+        keys, _ = prefix.pieces[0].frozen.layers[slot]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[batch, heads, tokens, width]``, put together."""
+        return self._whole(0, None if self._keys is None else self._keys[:, :, : self._used])
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._keys, self._used = value, 0 if value is None else value.shape[-2]
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[batch, heads, tokens, width]``, put together."""
+        return self._whole(1, None if self._values is None else self._values[:, :, : self._used])
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._values = value
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        return self._whole(0, keys), self._whole(1, values)
+
+    def get_seq_length(self) -> int:
+        return self.prefix.tokens + self._used
+
+    def _whole(self, which: int, own: Tensor | None) -> Tensor:
+        parts = [piece.of(piece.frozen.layers[self.slot][which], 2) for piece in self.prefix.pieces]
+        if own is not None:
+            parts.append(own)
+        return torch.cat(parts, 2) if len(parts) != 1 else parts[0]
+
 
 def _resized(source: Tensor, used: int, capacity: int) -> Tensor:
     """A buffer for `capacity` tokens (axis -2) that starts with the first `used` ones of `source`."""
@@ -128,6 +196,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     ----------
     length : int
         Tokens per row that have passed through the blocks (padding included).
+    prefix : Prefix
+        The first of them, if they are shared with other sessions or among the rows; empty otherwise.
     """
 
     def __init__(self, config: Any, slots: Collection[int], *, start: int, end: int) -> None:
@@ -136,6 +206,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._placeholder = DummyLayer()
         self.start, self.end = start, end
         self.length = 0
+        self.prefix = Prefix()
         self._make_layers()
 
     def _make_layers(self) -> None:
@@ -233,6 +304,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
                 if _holds_something(layer) and (count or getattr(layer, "record_past", False)):
                     layer.crop(-count)
         self.length -= count
+        if self.length < self.prefix.tokens:
+            self._change_prefix(self.prefix.first(self.length))
 
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Make row ``i`` what row ``rows[i]`` was: beam search, or rows that ended; there may be fewer or more."""
@@ -245,6 +318,8 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         with torch.inference_mode():
             for layer in self.layers:
                 layer.reorder_cache(index)
+        if self.prefix.pieces:
+            self._change_prefix(self.prefix.select(index.tolist()))
 
     def repeat(self, times: int) -> None:
         """Repeat every row `times` times, copies next to each other."""
@@ -267,10 +342,54 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
         self._make_layers()
         if recording:
             self.record()
-        self.length = 0
+        self.length, self.prefix = 0, Prefix()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select(beam_idx)
+
+    # -- tokens that are shared ----------------------------------------------------------------------------------
+
+    @property
+    def shareable(self) -> bool:
+        """Whether a token's part of the caches depends on no later one: full attention in every layer."""
+        held = [self.layers[slot] for slot in self._slots]
+        return bool(held) and all(isinstance(layer, GrowingLayer) for layer in held)
+
+    def freeze(self, tokens: int, outputs: Mapping[str, Tensor]) -> FrozenTokens:
+        """Make the first ``tokens`` a prefix, of what is one already and a piece for the rest.
+
+        Parameters
+        ----------
+        outputs
+            ``[rows, new tokens, …]``, what left the span for the tokens that were not in the prefix before.
+        """
+        count, rows = tokens - self.prefix.tokens, self.batch_rows or 1
+        filled = {slot: layer for slot, layer in self._growing() if layer.get_seq_length()}
+        with torch.inference_mode():
+            layers = {slot: layer.frozen(count) for slot, layer in filled.items()}
+            frozen = FrozenTokens(count, rows, layers, outputs)
+            prefix = self.prefix.followed_by(frozen)
+            forked = {slot: layer.behind(slot, prefix, count) for slot, layer in filled.items()}
+        # only now that there was memory for all of it
+        self.prefix = prefix
+        self.layers = [forked.get(slot, layer) for slot, layer in enumerate(self.layers)]
+        return frozen
+
+    def start_with(self, prefix: Prefix) -> None:
+        """Forget everything, and hold the tokens of a prefix."""
+        self._make_layers()
+        self.length, self.prefix = prefix.tokens, prefix
+        for slot in prefix.pieces[0].frozen.layers:
+            self.layers[slot] = ForkedLayer(slot, prefix)
+
+    def _growing(self) -> Iterator[tuple[int, GrowingLayer]]:
+        return ((slot, layer) for slot, layer in enumerate(self.layers) if isinstance(layer, GrowingLayer))
+
+    def _change_prefix(self, prefix: Prefix) -> None:
+        self.prefix = prefix
+        for layer in self.layers:
+            if isinstance(layer, ForkedLayer):
+                layer.prefix = prefix
 
     # -- accounting ----------------------------------------------------------------------------------------------
 
@@ -284,10 +403,12 @@ class SpanCache(DynamicCache):  # type: ignore[misc]
     @property
     def batch_rows(self) -> int | None:
         """Rows of the session, or None before its first step."""
+        if self.prefix.pieces:
+            return self.prefix.rows
         return next((tensor.shape[0] for tensor in self._tensors() if tensor.ndim > 1), None)
 
     def nbytes(self) -> int:
-        """Bytes that the buffers occupy, growth reserve included."""
+        """Bytes that its own buffers occupy, growth reserve included. Those of a prefix are not only its own."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
 

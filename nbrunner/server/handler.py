@@ -48,6 +48,7 @@ from nbrunner.protocol.messages import (
 from nbrunner.protocol.records import ServerRecord
 from nbrunner.protocol.tensors import pack
 from nbrunner.server.adapters import take_checked
+from nbrunner.server.content import Content
 from nbrunner.server.host import Host
 from nbrunner.server.inputs import CARRY, sizes, take_gradients, take_inputs
 from nbrunner.server.measuring import MeasuredPass, check_measure
@@ -136,7 +137,9 @@ class Handler:
         try:
             await self._first_room(stream, request)
             self._check_open(request)  # it may have waited
-            session = ServerSession(self.host, stream, request, self._session_edits(request, tensors), adapter)
+            edits = self._session_edits(request, tensors)
+            content = Content.of_session(stream.peer, request, tensors)
+            session = ServerSession(self.host, stream, request, content, edits, adapter)
             self.sessions[session.id] = session
             self.empty.clear()
             logger.info(

@@ -21,6 +21,7 @@ from nbrunner.server.kept import KeptPasses
 from nbrunner.server.quotas import Quotas
 from nbrunner.server.scheduler import Scheduler
 from nbrunner.server.served import ServedAdapters
+from nbrunner.server.session_memory import FrozenBytes
 from nbrunner.server.stepping import run_parts
 from nbrunner.server.sums import GradientSums
 from nbrunner.server.traffic import Traffic
@@ -68,6 +69,10 @@ class Host:
         Final norm and head, where the server holds them.
     batcher
         Runs steps of several sessions on the span.
+    shares_prefixes
+        Whether sessions that begin alike can hold their beginning together.
+    frozen
+        What sessions hold together.
     queue_seconds
         How long the last steps waited before they ran, smoothed.
     """
@@ -92,6 +97,8 @@ class Host:
     traffic: Traffic = field(default_factory=Traffic, init=False)
     form: Form = field(init=False)
     croppable: bool = field(init=False)
+    shares_prefixes: bool = field(init=False)
+    frozen: FrozenBytes = field(init=False)
     queue_seconds: float = field(default=0.0, init=False)
     _decode_seconds: float = field(default=0.0, init=False)
 
@@ -99,7 +106,8 @@ class Host:
         self.batcher = self.batcher or Batcher(self.span)
         self.compute.serve_parts(lambda chosen: run_parts(self, chosen))
         self.compute.scheduler = scheduler_for(self.span, self.speed)
-        self.quotas = Quotas(self.limits)
+        self.frozen = FrozenBytes()
+        self.quotas = Quotas(self.limits, more=lambda: self.frozen.nbytes)
         self.room = WaitingRoom(self.quotas, self.limits, lambda: self.sessions.values())
         self.adapters = AdapterStore(self.limits)
         self.served = ServedAdapters(
@@ -115,6 +123,7 @@ class Host:
         self.sums = GradientSums(self.limits)
         self.form = form_of(self.span, self.limits)
         self.croppable = always_croppable(self.span)
+        self.shares_prefixes = can_share_prefixes(self.span, self.batcher)
 
     @property
     def peer_id(self) -> str:
@@ -180,6 +189,16 @@ def always_croppable(span: BlockSpan) -> bool:
     return not any(
         hasattr(layer, "record_past") or hasattr(layer, "is_recurrent_states_initialized") for layer in cache.layers
     )
+
+
+def can_share_prefixes(span: BlockSpan, batcher: Batcher) -> bool:
+    """Whether a token's part of the caches is the same whatever comes after it.
+
+    Not so for sliding windows and recurrent states, which forget, nor where tables of positions change with a
+    session's length.
+    """
+    cache = span.new_cache()
+    return cache is not None and cache.shareable and not batcher.tables_change
 
 
 def measure(span: BlockSpan, *, seconds: float = 0.4) -> Speed:

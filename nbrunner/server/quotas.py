@@ -44,11 +44,23 @@ class TokenBucket:
 
 
 class Quotas:
-    """Book-keeping over all peers and sessions of a server."""
+    """Book-keeping over all peers and sessions of a server.
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    Parameters
+    ----------
+    more
+        Bytes that are held by no session alone.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        more: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.limits = limits
-        self._clock = clock
+        self._clock, self._more = clock, more
         self._bytes: dict[Hashable, int] = {}
         self._owners: dict[Hashable, str] = {}
         self._sessions: dict[str, int] = {}
@@ -56,7 +68,7 @@ class Quotas:
 
     @property
     def bytes_used(self) -> int:
-        return sum(self._bytes.values())
+        return sum(self._bytes.values()) + self._more()
 
     @property
     def bytes_left(self) -> int:

@@ -34,11 +34,14 @@ from nbrunner.protocol.messages import (
     StepFailed,
 )
 from nbrunner.server.compute import Done
+from nbrunner.server.content import Content
 from nbrunner.server.inputs import sizes
 from nbrunner.server.outgoing import Outgoing
 from nbrunner.server.scheduler import Urgency
+from nbrunner.server.session_memory import SessionMemory
 from nbrunner.server.session_state import PartPlan, PartRefusedError, SessionState
-from nbrunner.server.stepping import PartWork, SessionMemory
+from nbrunner.server.sharing import PrefixSharing
+from nbrunner.server.stepping import PartWork
 from nbrunner.swarm.streams import Stream
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ class ServerSession:
     host: Host
     stream: Stream
     request: OpenSession
+    content: Content
     edits: Edits | None = None
     adapter: SpanAdapter | None = None
     state: SessionState = field(init=False)
@@ -94,11 +98,10 @@ class ServerSession:
             max_batch=limits.batch,
             max_part=limits.part_tokens,
         )
-        cache = self.host.span.new_cache(self.request.start, self.request.end)
-        if cache is None:
-            raise PeerRefusedError(NO_CACHE, code="model")
-        self._memory = SessionMemory(cache)
+        self.memory = self._empty_memory()
+        self.sharing = PrefixSharing(self)
         self._capacity = 0
+        self._shared_before = 0
         self._captures: list[tuple[int, torch.Tensor]] = []
         self._parts: asyncio.Queue[_Arrived] = asyncio.Queue()
         self._busy = False
@@ -126,9 +129,9 @@ class ServerSession:
             await self._out.close()
             for stream in self.attached:
                 stream.close()
-            self._captures.clear()
+            self.sharing.end()
             self.host.compute.session_ended(self.id)
-            self.host.quotas.set_bytes(self.id, 0)
+            self._forget()
             self.host.room.freed()
 
     async def _read(self) -> None:
@@ -181,6 +184,8 @@ class ServerSession:
                 self._fail(arrived, "limit", str(refusal))
             finally:
                 self._busy = False
+                if self.sharing.planned is not None:
+                    self.sharing.end()
                 self._last_step = time.perf_counter()
 
     async def _take_part(self, arrived: _Arrived) -> None:
@@ -194,7 +199,7 @@ class ServerSession:
         plan = self.state.plan(part, tokens=tokens, batch=batch)
         if plan is None:
             return
-        if not self._memory.cache.croppable and any(
+        if not self.memory.cache.croppable and any(
             op.kind == "crop" and 0 < op.count < self.state.length for op in plan.ops
         ):
             raise PartRefusedError("position", "these caches cannot be rolled back; reset them and send all again")
@@ -205,6 +210,8 @@ class ServerSession:
             captured += self._captures  # what an earlier attempt computed is not computed again
         if plan.new_step:
             self._captures.clear()
+        if self.sharing.concerns(plan):
+            plan = await self.sharing.begin(part, arrived.tensors, plan)
         if plan.ops or plan.begin < plan.end:
             work, done = await self._run_plan(arrived, plan)
             timing = HopTiming(self.host.peer_id, done.queue, done.compute, time.perf_counter() - arrived.at)
@@ -214,7 +221,7 @@ class ServerSession:
         else:
             self.state.applied(plan)
         self.state.passed_on(plan)
-        held = self._memory.transcript.window(plan.send_from, plan.send_to)
+        held = self.memory.transcript.window(plan.send_from, plan.send_to)
         await self._out.pass_on(part, plan, held, arrived.tensors, timing, captured)
 
     async def _run_plan(self, arrived: _Arrived, plan: PartPlan) -> tuple[PartWork, Done[None]]:
@@ -226,7 +233,7 @@ class ServerSession:
         await self._reserve(plan, capture=arrived.part.capture)
         work = PartWork(
             host,
-            self._memory,
+            self.memory,
             arrived.part,
             plan,
             arrived.tensors,
@@ -253,7 +260,7 @@ class ServerSession:
             host.traffic.note(self.stream.peer, tokens, plan.batch)
             if (self.state.start, self.state.end) == (host.span.start, host.span.end):
                 host.note_step(tokens * plan.batch, done)
-        host.quotas.set_bytes(self.id, work.held_bytes + self._captured_bytes())
+        self.count_bytes(self.memory, work.held_bytes)
         return work, done
 
     async def _broken(self, arrived: _Arrived, error: Exception) -> PeerRefusedError:
@@ -271,10 +278,15 @@ class ServerSession:
         A session that holds nothing yet, and whose client did not say that it waits, is refused instead: it is as
         well off on another server.
         """
-        capacity = buffer_tokens(plan.end) if plan.end > self._capacity else self._capacity
+        shared, freezing = self.memory.expected(plan.ops)
+        own = plan.end - shared
+        if shared != self._shared_before:
+            self._capacity, self._shared_before = 0, shared
+        capacity = buffer_tokens(own) if own > self._capacity else self._capacity
         share = (self.state.end - self.state.start) / (self.host.span.end - self.host.span.start)
         per_token = self.host.speed.cache_bytes_per_token * share + self.host.form.token_bytes
-        wanted = int((self.host.speed.cache_bytes_fixed * share + per_token * capacity) * plan.batch)
+        row_bytes = self.host.speed.cache_bytes_fixed * share + per_token * capacity
+        wanted = int(row_bytes * plan.batch + per_token * freezing)
         if capture:
             blocks = self.state.end - self.state.start
             tokens = (plan.end - plan.begin) * plan.batch
@@ -288,7 +300,7 @@ class ServerSession:
                 rows = f" × {plan.batch} rows" if plan.batch > 1 else ""
                 raise PartRefusedError("full", f"{plan.end} tokens{rows}: {refusal}") from None
         else:
-            self.host.quotas.set_bytes(self.id, wanted)
+            self.host.quotas.set_bytes(self.id, wanted, peer=self.peer)
         self._capacity = capacity
 
     async def _tell_place(self, place: int, seconds: float | None) -> None:
@@ -311,13 +323,25 @@ class ServerSession:
     def drop(self) -> None:
         """Forget caches and transcript. The client's next step is refused, and rebuilds them from its journal."""
         logger.info("session %s: idle for %.0f s, dropped to make room", self.id[:8], self.idle_seconds)
-        cache = self.host.span.new_cache(self.request.start, self.request.end)
-        if cache is not None:
-            self._memory = SessionMemory(cache)
+        self._forget()
+        self.state.dropped()
+
+    def count_bytes(self, memory: SessionMemory, held: int) -> None:
+        """Have it counted what a memory holds, unless the session has another one by now, or has ended."""
+        if memory is self.memory and not self._ended:
+            self.host.quotas.set_bytes(self.id, held + self._captured_bytes(), peer=self.peer)
+
+    def _forget(self) -> None:
+        self.memory = self._empty_memory()
         self._captures.clear()
         self._capacity = 0
-        self.state.dropped()
         self.host.quotas.set_bytes(self.id, 0)
+
+    def _empty_memory(self) -> SessionMemory:
+        cache = self.host.span.new_cache(self.request.start, self.request.end)
+        if cache is None:
+            raise PeerRefusedError(NO_CACHE, code="model")
+        return SessionMemory(cache, self.content, self.host.frozen, self.peer)
 
     def _captured_bytes(self) -> int:
         return sum(states.numel() * states.element_size() for _, states in self._captures)

@@ -10,47 +10,16 @@ import torch
 
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.batching import SpanStep
-from nbrunner.blocks.cache import SpanCache
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.passes import SpanOutput, outputs_on_host
 from nbrunner.protocol.frames import RawTensor
-from nbrunner.protocol.messages import CacheOp, Step
+from nbrunner.protocol.messages import Step
 from nbrunner.server.inputs import CARRY, Inputs, take_inputs
+from nbrunner.server.session_memory import SessionMemory
 from nbrunner.server.session_state import PartPlan
-from nbrunner.server.transcript import Transcript
 
 if TYPE_CHECKING:
     from nbrunner.server.host import Host
-
-
-@dataclass
-class SessionMemory:
-    """What a session holds here: caches and transcript, which every operation changes together.
-
-    Only the compute thread touches it, except to read the transcript.
-    """
-
-    cache: SpanCache
-    transcript: Transcript = field(default_factory=Transcript)
-
-    @property
-    def nbytes(self) -> int:
-        return self.cache.nbytes() + self.transcript.nbytes
-
-    def apply(self, op: CacheOp) -> None:
-        length = self.transcript.length
-        self.transcript.apply(op)
-        if op.kind == "reset" or (op.kind == "crop" and not op.count):
-            self.cache.reset()
-        elif not length:
-            return
-        elif op.kind == "crop":
-            if op.count < length:
-                self.cache.crop(length - op.count)
-        elif op.kind == "select":
-            self.cache.select(op.rows)
-        else:
-            self.cache.repeat(op.count)
 
 
 @dataclass(eq=False)
@@ -144,9 +113,10 @@ class PartWork:
         for op in plan.ops:
             self.memory.apply(op)
         self.applied = True
-        self.held_bytes = self.memory.nbytes
         inputs = self._inputs
-        if inputs is not None:
+        if inputs is None:
+            self.held_bytes = self.memory.nbytes
+        else:
             self.host.span.check_step(
                 inputs.hidden,
                 self.memory.cache,
