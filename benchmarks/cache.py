@@ -84,7 +84,7 @@ def _bytes_shared(span: BlockSpan, own: list[int], *, share: bool = True) -> int
         for length in own:
             cache = span.new_cache()
             assert cache is not None
-            memory = SessionMemory(cache, Content(b""), frozen)
+            memory = SessionMemory(cache, Content(b""), frozen, "")
             memories.append(memory)
             if share and len(memories) > 1:
                 memory.start_like(memories[0], SYSTEM)
@@ -92,4 +92,4 @@ def _bytes_shared(span: BlockSpan, own: list[int], *, share: bool = True) -> int
             for tokens in (prompt, *[1] * DECODED):
                 output = span.forward(torch.zeros(1, tokens, *span.hidden_shape), cache=cache)
                 memory.transcript.append({"hidden": output.hidden})
-    return frozen.nbytes + sum(memory.nbytes for memory in memories)
+    return frozen.nbytes() + sum(memory.nbytes for memory in memories)

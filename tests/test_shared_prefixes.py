@@ -178,7 +178,7 @@ class Twice:
         caches = [self.span.new_cache() for _ in range(2)]
         assert caches[0] is not None
         assert caches[1] is not None
-        self.memory, self.alone = SessionMemory(caches[0], EMPTY, self.frozen), caches[1]
+        self.memory, self.alone = SessionMemory(caches[0], EMPTY, self.frozen, "peer"), caches[1]
         self.others.append(self)
 
     @property
@@ -220,10 +220,10 @@ class Twice:
 
     def apply(self, op: CacheOp) -> None:
         shared, freezing = self.memory.expected([op])
-        before = self.frozen.nbytes
+        before = self.frozen.nbytes()
         self.memory.apply(op)
         assert self.memory.cache.prefix.tokens == shared
-        assert (self.frozen.nbytes > before) == (freezing > 0)
+        assert (self.frozen.nbytes() > before) == (freezing > 0)
         if op.kind == "reset" or (op.kind == "crop" and not op.count):
             self.alone.reset()
             self.outputs = None
@@ -310,7 +310,7 @@ def test_any_schedule_gives_what_each_session_gives_alone(
             session.apply(CacheOp(kind, 0 if rows else value, rows) if rows else CacheOp(kind, value))
     sessions.clear()
     session = None
-    assert frozen.nbytes == 0
+    assert frozen.nbytes() == 0
 
 
 def _ids(number: int, count: int) -> list[int]:
@@ -329,7 +329,7 @@ def three(span: BlockSpan, batcher: Batcher) -> Iterator[tuple[FrozenBytes, list
 
 
 def total(frozen: FrozenBytes, sessions: Sequence[Twice]) -> int:
-    return frozen.nbytes + sum(session.memory.nbytes for session in sessions)
+    return frozen.nbytes() + sum(session.memory.nbytes for session in sessions)
 
 
 def test_bytes_are_held_once(three: Any, span: BlockSpan) -> None:
@@ -352,12 +352,12 @@ def test_reordering_beams_copies_nothing_of_the_prompt(three: Any, batcher: Batc
     frozen, sessions = three
     session = sessions[0]
     session.apply(CacheOp("repeat", 4))
-    held, prompt = frozen.nbytes, [piece.frozen for piece in session.memory.cache.prefix.pieces]
+    held, prompt = frozen.nbytes(), [piece.frozen for piece in session.memory.cache.prefix.pieces]
     for _ in range(3):
         run(batcher, [(session, session.begin([5]))])
         session.apply(CacheOp("select", rows=[2, 2, 0, 1]))
     assert [piece.frozen for piece in session.memory.cache.prefix.pieces] == prompt
-    assert frozen.nbytes == held
+    assert frozen.nbytes() == held
     layers = [layer for layer in session.memory.cache.layers if isinstance(layer, ForkedLayer)]
     assert all(layer._keys is not None and layer._keys.shape[2] <= PAGE_TOKENS for layer in layers)
 
@@ -378,7 +378,7 @@ def test_a_step_that_finds_no_memory_to_freeze_changes_nothing(
     three: Any, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frozen, sessions = three
-    first, before = sessions[0], frozen.nbytes
+    first, before = sessions[0], frozen.nbytes()
 
     def full(*_: Any, **__: Any) -> Any:
         raise MemoryError
@@ -388,7 +388,7 @@ def test_a_step_that_finds_no_memory_to_freeze_changes_nothing(
         first.memory.freeze(first.length)
     monkeypatch.undo()
     first.check()
-    assert frozen.nbytes == before
+    assert frozen.nbytes() == before
     run(batcher, [(one, one.begin([3])) for one in sessions])
 
 

@@ -62,7 +62,7 @@ def used(swarm: InProcessSwarm) -> list[int]:
 
 
 def frozen(swarm: InProcessSwarm) -> list[int]:
-    return [server.host.frozen.nbytes for server in swarm.servers]
+    return [server.host.frozen.nbytes() for server in swarm.servers]
 
 
 @contextmanager
@@ -146,9 +146,7 @@ def test_beams_hold_their_prompt_once(swarm: Any) -> None:
     servers, plain, model = swarm
     session = model.inference_session()
     found = session.generate(text(1), num_beams=6, num_return_sequences=6, **GREEDY)
-    assert torch.equal(
-        found, plain.generate(text(1), num_beams=6, num_return_sequences=6, **GREEDY)
-    )
+    assert torch.equal(found, plain.generate(text(1), num_beams=6, num_return_sequences=6, **GREEDY))
     for server, shared, held in zip(servers.servers, frozen(servers), used(servers), strict=True):
         token = server.host.bytes_per_token
         assert shared == (SYSTEM + 7) * token
@@ -299,7 +297,7 @@ def test_families_that_forget_go_on_as_before(family: str, tmp_path: Any) -> Non
             found = session.generate(text(number, system=60), **GREEDY)
             assert torch.equal(found, plain.generate(text(number, system=60), **GREEDY))
             session.close()
-        assert server.host.frozen.nbytes == 0
+        assert server.host.frozen.nbytes() == 0
     finally:
         model.close()
         swarm.close()

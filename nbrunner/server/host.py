@@ -107,7 +107,7 @@ class Host:
         self.compute.serve_parts(lambda chosen: run_parts(self, chosen))
         self.compute.scheduler = scheduler_for(self.span, self.speed)
         self.frozen = FrozenBytes()
-        self.quotas = Quotas(self.limits, more=lambda: self.frozen.nbytes)
+        self.quotas = Quotas(self.limits, more=self.frozen.nbytes)
         self.room = WaitingRoom(self.quotas, self.limits, lambda: self.sessions.values())
         self.adapters = AdapterStore(self.limits)
         self.served = ServedAdapters(

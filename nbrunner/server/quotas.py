@@ -49,7 +49,7 @@ class Quotas:
     Parameters
     ----------
     more
-        Bytes that are held by no session alone.
+        Bytes of a peer that none of its sessions holds alone; of all peers for an empty one.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Quotas:
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
         *,
-        more: Callable[[], int] = lambda: 0,
+        more: Callable[[str], int] = lambda peer: 0,
     ) -> None:
         self.limits = limits
         self._clock, self._more = clock, more
@@ -68,7 +68,7 @@ class Quotas:
 
     @property
     def bytes_used(self) -> int:
-        return sum(self._bytes.values()) + self._more()
+        return sum(self._bytes.values()) + self._more("")
 
     @property
     def bytes_left(self) -> int:
@@ -112,8 +112,9 @@ class Quotas:
         return self._bytes.get(holder, 0)
 
     def bytes_of_peer(self, peer: str) -> int:
-        """What is counted for all holders of a peer."""
-        return sum(self._bytes[holder] for holder, owner in self._owners.items() if owner == peer)
+        """What is counted for all holders of a peer, and what they hold together."""
+        alone = sum(self._bytes[holder] for holder, owner in self._owners.items() if owner == peer)
+        return alone + self._more(peer)
 
     def peer_may_have(self, peer: str, holder: Hashable, wanted: int) -> bool:
         """Whether a holder could have ``wanted`` bytes in all without its peer having more than one may."""

@@ -22,16 +22,17 @@ class FrozenBytes:
     """Bytes of all tokens that are frozen on a server, each counted once, for as long as a session has them."""
 
     def __init__(self) -> None:
-        self._alive: dict[int, weakref.ref[FrozenTokens]] = {}
+        self._alive: dict[int, tuple[weakref.ref[FrozenTokens], str]] = {}
 
-    def add(self, frozen: FrozenTokens) -> None:
+    def add(self, frozen: FrozenTokens, peer: str) -> None:
+        """Count what has been frozen for a peer."""
         key = id(frozen)
-        self._alive[key] = weakref.ref(frozen, lambda _: self._alive.pop(key, None))
+        self._alive[key] = (weakref.ref(frozen, lambda _: self._alive.pop(key, None)), peer)
 
-    @property
-    def nbytes(self) -> int:
+    def nbytes(self, peer: str = "") -> int:
+        """Of one peer, or of all."""
         # a list, because the compute thread may add some meanwhile
-        found = [reference() for reference in list(self._alive.values())]
+        found = [reference() for reference, owner in list(self._alive.values()) if not peer or owner == peer]
         return sum(frozen.nbytes for frozen in found if frozen is not None)
 
 
@@ -44,14 +45,14 @@ class SessionMemory:
     ----------
     content
         What the caches hold, as far as others could have the same.
-    frozen
-        Is told of tokens that are frozen here.
+    frozen, peer
+        Is told of tokens that are frozen here, and for whom.
     """
 
-    def __init__(self, cache: SpanCache, content: Content, frozen: FrozenBytes) -> None:
+    def __init__(self, cache: SpanCache, content: Content, frozen: FrozenBytes, peer: str) -> None:
         self.cache, self.content = cache, content
         self.transcript = Transcript()
-        self._frozen = frozen
+        self._frozen, self._peer = frozen, peer
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +80,7 @@ class SessionMemory:
     def freeze(self, tokens: int) -> None:
         """Make the first ``tokens`` a prefix, which others may have too. `MemoryError`: nothing has changed."""
         outputs, rest = self.transcript.copied(tokens), self.transcript.behind(tokens)
-        self._frozen.add(self.cache.freeze(tokens, outputs))
+        self._frozen.add(self.cache.freeze(tokens, outputs), self._peer)
         self.transcript.continue_behind(self.cache.prefix, rest)
 
     def start_like(self, other: SessionMemory, tokens: int) -> None:
