@@ -93,7 +93,7 @@ def run_sessions(model: Any, prompts: list[int], tokens: int) -> list[list[float
 
     def session(index: int) -> None:
         ready.wait()
-        times[index] = generate_timed(model, prompt("mid", prompts[index]), tokens).times
+        times[index] = generate_timed(model, prompt("mid", prompts[index], seed=index), tokens).times
 
     threads = [threading.Thread(target=session, args=(index,)) for index in range(len(prompts))]
     for thread in threads:

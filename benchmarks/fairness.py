@@ -75,7 +75,7 @@ def serve_rounds(invite: str, sessions: int) -> None:
     embed = model.get_input_embeddings()
     with torch.inference_mode():
         for length, session in zip(lengths, opened, strict=True):
-            session.step(embed(prompt("mid", length)))
+            session.step(embed(prompt("mid", length, seed=length)))
     for begin, end in listen():
         for length, session in zip(lengths, opened, strict=True):
             session.position = length

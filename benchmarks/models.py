@@ -69,9 +69,9 @@ def remote_model(name: str, invite: str, **options: Any) -> Any:
     return model
 
 
-def prompt(name: str, tokens: int) -> Any:
-    """[1, tokens] token ids, seeded."""
+def prompt(name: str, tokens: int, seed: int = 1) -> Any:
+    """[1, tokens] token ids. Sessions whose prompts begin alike share: give each a seed of its own."""
     import torch
 
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, SHAPES[name]["vocab_size"], (1, tokens), generator=generator)
