@@ -21,10 +21,12 @@ from nbrunner.blocks.cache import PAGE_TOKENS, ForkedLayer, SpanCache
 from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.protocol.frames import RawTensor
+from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.messages import AdapterUse, CacheOp, EditOp, Hop, OpenSession, Step
 from nbrunner.protocol.tensors import pack
 from nbrunner.server.content import Content
 from nbrunner.server.host import can_share_prefixes
+from nbrunner.server.quotas import Quotas
 from nbrunner.server.session_memory import SHARED_TOKENS, FrozenBytes, SessionMemory
 
 # -- addresses -----------------------------------------------------------------------------------------------------
@@ -346,6 +348,17 @@ def test_bytes_are_held_once(three: Any, span: BlockSpan) -> None:
     by_themselves = sum(session.alone.nbytes() for session in sessions)
     outputs = 3 * 112 * span.hidden_shape[0] * 4
     assert total(frozen, sessions) < 0.6 * (by_themselves + outputs)
+
+
+def test_bytes_count_for_their_peer(three: Any) -> None:
+    frozen, _ = three
+    quotas = Quotas(Limits(cache_bytes=1 << 20, peer_cache_bytes=1 << 20), more=frozen.nbytes)
+    held = frozen.nbytes()
+    assert held == frozen.nbytes("peer") == quotas.bytes_used == quotas.bytes_of_peer("peer") > 0
+    assert frozen.nbytes("another") == quotas.bytes_of_peer("another") == 0
+    assert quotas.bytes_left == (1 << 20) - held
+    assert not quotas.peer_may_have("peer", "session", (1 << 20) - held + 1)
+    assert quotas.peer_may_have("another", "session", 1 << 20)
 
 
 def test_reordering_beams_copies_nothing_of_the_prompt(three: Any, batcher: Batcher) -> None:
