@@ -65,7 +65,10 @@ def test_the_card_follows_is_told_what_to_do_and_stays(lab):
     step = lab.page.get_attribute(".nbr-tune progress", "value")
 
     lab.screens("tune", height=1500)
-    lab.picture("tune", lab.page.query_selector_all(".jp-CodeCell")[1])
+    lab.page.set_viewport_size({"width": 1000, "height": 1500})
+    lab.page.wait_for_selector("#jupyterlab-splash", state="detached", timeout=10_000)  # after a change of theme
+    lab.page.wait_for_timeout(500)
+    lab.picture("tune", lab.page.query_selector_all(".jp-CodeCell")[1].query_selector(".jp-OutputArea"))
     assert lab.page.get_attribute(".nbr-tune progress", "value") == step
 
     lab.page.focus("button:has-text('Resume')")

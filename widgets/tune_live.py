@@ -23,6 +23,8 @@ _HINTS = {
     "sample": "Answer the sample prompts before the next step",
     "stop": "End after this step, with a checkpoint; again: at once",
 }
+_WIDTHS = {"checkpoint": "124px"}
+"""All five fit beside each other in a page 700 pixels wide."""
 _ICONS = {"pause": "pause", "resume": "play", "checkpoint": "save", "sample": "comment", "stop": "stop"}
 
 
@@ -70,7 +72,10 @@ class LiveTuneCard:
 
         self._buttons = {
             name: ipywidgets.Button(
-                description=name.capitalize(), icon=_ICONS[name], tooltip=hint, layout={"width": "106px"}
+                description=name.capitalize(),
+                icon=_ICONS[name],
+                tooltip=hint,
+                layout={"width": _WIDTHS.get(name, "102px")},
             )
             for name, hint in _HINTS.items()
         }
