@@ -99,6 +99,8 @@ class GenerateMagics(Magics):
         run = self.shell.user_ns[name]
         if not is_run(run):
             raise UsageError(f"%%generate: the variable {name!r} holds no run of %%finetune")
+        if arguments.draft or arguments.speculate not in ("auto", "off"):
+            raise UsageError("%%generate: --speculate and --draft do not go with what a run has taught")
         if arguments.model:
             raise UsageError("%%generate: --adapter with a run's name goes without --model: the run has its own")
         return run

@@ -68,6 +68,7 @@ def test_a_variable_and_a_line_of_its_own(teaching):
         ("-m mine", "", "give examples: lines in the cell, or --data NAME"),
         ("-m mine --data facts", "text", "in the cell or in --data, not in both"),
         ("-m mine --data fact", "", "there is no variable 'fact' in this notebook for --data"),
+        ("-m mine --max-length 1 --data facts", "", "row 0 of facts has nothing to learn in its first 1 tokens"),
         ("-m mine --eval nothing", "text", "there is no variable 'nothing' in this notebook for --eval"),
         ("-m mine --data facts --eval mine", "", "mine is "),
         ("-m mine --method classify --data facts", "", "row 0 of facts has 'prompt', 'completion'; to classify"),
@@ -97,6 +98,8 @@ def test_generating_with_what_is_no_run(teaching):
     teaching.user_ns["run"] = run
     with pytest.raises(UsageError, match="teaches labels"):
         teaching.run_cell_magic("generate", "--adapter run", "text\n")
+    with pytest.raises(UsageError, match="do not go with what a run has taught"):
+        teaching.run_cell_magic("generate", "--adapter run --speculate 4", "text\n")
     with pytest.raises(UsageError, match="do not go together"):
         teaching.run_cell_magic("generate", "--adapter run -s a", "text\n")
 

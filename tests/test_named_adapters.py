@@ -333,6 +333,7 @@ def test_offered_used_by_others_replaced_and_withdrawn(swarm: AdapterSwarm, fold
         ours.save_pretrained(tmp_path / "mine")
         offer = ours.offer_adapter("mine")
         assert (len(offer.accepted), offer.refused, offer.missing) == (2, {}, [])
+        assert repr(offer).startswith(f"<Offer {offer.uid}: taken by …")
         plain = with_peft(folder, tmp_path / "mine")
         expected = plain.generate(**PADDED, **GREEDY)
         wait_until(lambda: _served(reader, offer.uid), 30, what="the offer is announced")

@@ -182,6 +182,9 @@ def test_its_adapter_is_a_peft_directory(begin, distributed, tokenizer, method):
         with run.held():
             found = run.model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    other = "prompt" if method == "lora" else "lora"
+    with pytest.raises(UserInputError, match=f"with which the method '{other}' cannot go on: {method}, "):
+        begin(distributed, method=other, adapter=result.adapter)
     again = begin(distributed, method=method, adapter=result.adapter, max_steps=2)
     again.result(60)
     assert again.history["loss"][0] < run.history["loss"][0]  # of the same rows: it would be the same from nothing
@@ -235,7 +238,7 @@ def test_stopped_and_gone_on_with_it_comes_to_the_same(begin, distributed, metho
         "max_steps": 8,
         "lr": 5e-3,
         "gradient_accumulation": 2,
-        "dropout": 0.2,
+        **({"dropout": 0.2} if method == "lora" else {}),
     }
     straight = begin(distributed, **options)
     hook = PauseAt(4)
@@ -378,7 +381,7 @@ def test_a_server_without_memory_pauses_it_with_its_checkpoint(begin, distribute
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "p-tuning", "deep-prompt"])
-def test_what_was_taught_generates_before_it_is_saved(begin, distributed, tokenizer, method):
+def test_what_was_taught_generates_before_it_is_saved(begin, distributed, two_spans, tokenizer, method):
     hook = PauseAt(3)
     run = begin(distributed, method=method, hooks=[hook], max_steps=30, lr=5e-2)
     hook.run = run
@@ -386,6 +389,9 @@ def test_what_was_taught_generates_before_it_is_saved(begin, distributed, tokeni
     prompt = FACTS[0]["prompt"]
     generation = GenerationRun(TaughtModel(run), run.tokenizer, prompt, Sampling(max_new_tokens=6))
     text = asyncio.run(_text(generation))
+    assert len(generation.snapshot().chain) == 2
+    assert len(generation.snapshot().times) == len(generation.tokens)
+    wait_until(lambda: not any(server.host.quotas.sessions for server in two_spans.servers), 10)
     assert not (run.folder.path / "adapter").exists()
     run.stop()
     adapter = run.result(30).adapter
@@ -552,6 +558,11 @@ def test_what_the_notebook_draws_at_random_is_its_own(begin, distributed):
         ({"method": "classify", "data": [{"text": "a", "label": 1}]}, "all rows have the label 1"),
         ({"target_modules": ["q_proj"]}, "target_modules belong to LoRA"),
         ({"adapter": "nowhere"}, "there is no PEFT adapter in nowhere"),
+        ({"method": "lora", "adapter": "nowhere", "rank": 4}, "the adapter in nowhere has its own rank"),
+        (
+            {"prompt_tokens": 1024},
+            "a prompt of 1024 tokens leaves no room for a text: the model takes 1024",
+        ),
         ({"data": ["a b c " * 800]}, r"row 0 of data has \d+ tokens, and the model takes 1020"),
         ({"eval_data": ["a", 3]}, "row 1 of eval_data is int 3"),
     ],

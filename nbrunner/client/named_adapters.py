@@ -71,6 +71,17 @@ class Offer:
     refused: dict[str, str] = field(default_factory=dict)
     missing: list[tuple[int, int]] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        words = [f"{self.uid}: taken by {', '.join(map(short_peer, self.accepted)) or 'nobody'}"]
+        words += list(self.refused.values())
+        if self.missing:
+            spans = ", ".join(f"[{start}, {end})" for start, end in self.missing)
+            words.append(f"nobody can use it while blocks {spans} are missing")
+        return "; ".join(words)
+
+    def __repr__(self) -> str:
+        return f"<Offer {self}>"
+
 
 class NamedAdapters:
     """Asks servers about adapters by name. All coroutines run in the engine's event loop."""

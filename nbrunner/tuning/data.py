@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Examples:
-    """Checked rows."""
+    """Checked rows. ``name``: what to call them in messages."""
 
     rows: tuple[Row, ...]
+    name: str = field(default="data", compare=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,6 +100,7 @@ def read_examples(data: Any, *, labelled: bool = False, name: str = "data") -> E
         With the first row that cannot be used, and what was expected.
     """
     if isinstance(data, Examples):
+        name = data.name
         data = [row.as_dict() for row in data.rows]
     rows = _rows_of(data, name)
     if not rows:
@@ -112,7 +114,7 @@ def read_examples(data: Any, *, labelled: bool = False, name: str = "data") -> E
             raise UserInputError(f"row {index} of {name} {why}: {_short(row)}") from None
     if labelled:
         _check_labels(found, name)
-    return Examples(tuple(found))
+    return Examples(tuple(found), name)
 
 
 def parse_lines(body: str, *, name: str = "the cell") -> list[Any]:

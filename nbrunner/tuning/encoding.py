@@ -36,7 +36,7 @@ class Encoding:
     max_length: int | None = None
     classes: tuple[Label, ...] = ()
 
-    def encode(self, examples: Examples, *, name: str = "data") -> EncodedExamples:
+    def encode(self, examples: Examples) -> EncodedExamples:
         """All rows.
 
         Raises
@@ -45,7 +45,7 @@ class Encoding:
             A row that is too long, that has nothing to learn, a chat in a form that the model does not have, or a
             label that the training data do not have.
         """
-        rows, cut = [], 0
+        rows, cut, name = [], 0, examples.name
         limit = self.most_tokens if self.max_length is None else min(self.max_length, self.most_tokens)
         for index, row in enumerate(examples.rows):
             try:

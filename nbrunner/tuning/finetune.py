@@ -23,7 +23,7 @@ from nbrunner.tuning.methods import Taught, is_classifier, teach
 from nbrunner.tuning.model_source import model_source
 from nbrunner.tuning.run import TrainingRun
 from nbrunner.tuning.samples import Answers
-from nbrunner.tuning.settings import Settings
+from nbrunner.tuning.settings import LORA_OPTIONS, Settings
 from nbrunner.tuning.together_hook import TogetherHook
 
 MAY_CHANGE = ("lr", "epochs", "max_steps", "samples", "sample_tokens", "eval_every", "checkpoint_every")
@@ -99,6 +99,7 @@ def finetune(
         run.result().adapter
     """
     settings = Settings.of(method=method, **options)
+    _check_brought(model, adapter, options)
     labelled = method == "classify"
     examples = read_examples(data, labelled=labelled)
     evaluation = read_examples(eval_data, labelled=labelled, name="eval_data") if eval_data is not None else None
@@ -108,7 +109,7 @@ def finetune(
     # encoded before a folder is made: what is wrong with a row must leave nothing behind
     encoding = _encoding(taught, tokenizer, settings, classes)
     encoded = encoding.encode(examples)
-    encoded_evaluation = encoding.encode(evaluation, name="eval_data") if evaluation is not None else None
+    encoded_evaluation = encoding.encode(evaluation) if evaluation is not None else None
     with _joined(together, model, taught, settings, together_options) as joined:
         folder = RunFolder.create(out_dir, method)
         facts = {**_facts(model, settings, classes), "adapter": None if adapter is None else str(adapter)}
@@ -125,6 +126,15 @@ def finetune(
         )
         run.start()
     return run
+
+
+def _check_brought(model: Any, adapter: str | Path | None, options: Mapping[str, Any]) -> None:
+    """Refuse numbers of LoRA for what has its own."""
+    given = next((name for name in LORA_OPTIONS if options.get(name) is not None), None)
+    if given is None or (adapter is None and not hasattr(model, "peft_config")):
+        return
+    what = f"the adapter in {adapter}" if adapter is not None else "this PEFT model"
+    raise UserInputError(f"{what} has its own {given}: leave it out.")
 
 
 @contextlib.contextmanager
@@ -216,7 +226,7 @@ def _resume(
             tokenizer,
             settings,
             encoding.encode(examples),
-            encoding.encode(evaluation, name="eval_data") if evaluation is not None else None,
+            encoding.encode(evaluation) if evaluation is not None else None,
             classes=classes,
             folder=folder,
             hooks=[*hooks, *joined],
@@ -300,9 +310,15 @@ def _tokenizer(model: Any) -> Any:
 def _encoding(taught: Taught, tokenizer: Any, settings: Settings, classes: Sequence[Label]) -> Encoding:
     inner = taught.model.get_base_model()
     most, _ = position_limit(inner, inner.config)
+    room = (most or 1 << 20) - taught.virtual_tokens
+    if room < 1:
+        raise UserInputError(
+            f"a prompt of {taught.virtual_tokens} tokens leaves no room for a text: the model takes {most}; "
+            "give fewer prompt_tokens."
+        )
     return Encoding(
         tokenizer,
-        most_tokens=(most or 1 << 20) - taught.virtual_tokens,
+        most_tokens=room,
         max_length=settings.max_length,
         classes=tuple(classes),
     )

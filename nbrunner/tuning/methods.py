@@ -32,6 +32,16 @@ logging.getLogger("transformers.modeling_layers").addFilter(
 )
 
 
+_KINDS = {
+    "lora": ("LORA",),
+    "prompt": ("PROMPT_TUNING",),
+    "p-tuning": ("P_TUNING",),
+    "deep-prompt": ("PROMPT_TUNING",),
+    "classify": ("LORA", "PROMPT_TUNING"),
+}
+"""What PEFT calls the adapters of a method."""
+
+
 @dataclass(frozen=True)
 class Taught:
     """A model with what it is taught.
@@ -154,8 +164,6 @@ def peft_config(model: Any, settings: Settings) -> Any:
             lora_dropout=settings.dropout,
             target_modules=_targets(model, settings.target_modules),
         )
-    if settings.target_modules is not None:
-        raise UserInputError(f"target_modules belong to LoRA; the method {settings.method!r} trains none of them.")
     if settings.method == "p-tuning":
         return peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=settings.prompt_tokens)
     # Starting from tokens of the vocabulary: numbers drawn at random are fifty times as large as any embedding.
@@ -311,6 +319,13 @@ def _continued(base: Any, folder: Path, settings: Settings, *, weights: bool) ->
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserInputError(f"adapter_config.json in {folder} cannot be read: {error}") from None
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in _KINDS[settings.method]:
+        could = ", ".join(name for name, kinds in _KINDS.items() if kind in kinds) or "none"
+        raise UserInputError(
+            f"the adapter in {folder} is of the kind {kind}, with which the method {settings.method!r} cannot go "
+            f"on: {could} could."
+        )
     if weights and config.peft_type == peft.PeftType.P_TUNING:
         raise UserInputError(
             "a p-tuning adapter keeps what its network has made, and not the network: it cannot be taught further. "

@@ -16,6 +16,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 Schedule = Literal["linear", "constant", "cosine"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
+LORA_OPTIONS = ("rank", "alpha", "dropout", "target_modules")
+
 LEARNING_RATES: Mapping[str, float] = {
     "lora": 1e-3,
     "prompt": 1e-2,
@@ -101,6 +103,11 @@ class Settings:
         _number("max_grad_norm", self.max_grad_norm, above=0.0)
         _number("weight_decay", self.weight_decay, least=0.0)
         _number("dropout", self.dropout, least=0.0, below=1.0)
+        lora = [name for name in LORA_OPTIONS if getattr(self, name)]
+        if lora and not self.lora_rank:
+            belongs = "belong" if lora[0].endswith("s") else "belongs"
+            advice = "; with a rank it has LoRA too." if self.method == "classify" else "."
+            raise UserInputError(f"{lora[0]} {belongs} to LoRA, and the method {self.method!r} trains none{advice}")
         if any(not isinstance(one, str) or not one.strip() for one in self.samples):
             raise UserInputError("samples are prompts: a list of texts that are not empty.")
 
