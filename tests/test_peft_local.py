@@ -98,6 +98,14 @@ def test_loss_and_gradients(pair: Pair) -> None:
     assert_same(found, gradients(plain))
 
 
+def test_a_cache_that_was_asked_for_gives_no_gradient_and_says_so(llama: Pair) -> None:
+    """Only what is inside the blocks learns: nothing before them would notice that the gradient stops there."""
+    ours, _ = both(llama)
+    loss = ours(**PADDED, labels=LABELS, use_cache=True).loss
+    with pytest.raises(UserInputError, match="gradients cannot flow through caches"):
+        loss.backward()
+
+
 def test_steps_of_adam(pair: Pair) -> None:
     """From PEFT's own beginning, B = 0."""
     torch.manual_seed(3)

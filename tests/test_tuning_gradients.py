@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from client_models import local_model, prompt, save_plain
 from inprocess_swarm import InProcessSwarm
+from parity.families import in_this_release
 from test_deep_prompts import hooked
 from test_peft_local import fill
 from torch import nn
@@ -17,6 +20,7 @@ from nbrunner.blocks import quantize
 from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.quant_linear import CPU_KINDS, QuantLinear
 from nbrunner.blocks.span import BlockSpan
+from nbrunner.errors import UserInputError
 from nbrunner.tuning.data import read_examples
 from nbrunner.tuning.encoding import Collator, Encoding, pad_id
 from nbrunner.tuning.methods import Taught, teach
@@ -101,6 +105,45 @@ def head_of(model: Any) -> dict[str, torch.Tensor]:
     """What the head of a model with an adapter begins with."""
     score = model.get_base_model().score
     return dict(getattr(score, "original_module", score).state_dict())
+
+
+def test_of_a_module_between_blocks(distributed: Any, tokenizer: Any) -> None:
+    """Block 3 begins the second server: the module stands between the two, and once more inside the second."""
+    batch = batch_of(FACTS, tokenizer, (), left=False)
+    module, reference = nn.Linear(128, 128), plain().requires_grad_(False)
+    nn.init.normal_(module.weight, std=0.02)
+    ours = distributed.path([*range(3), module, 3, 4, module, *range(5, 8)])
+    found = gradients(Taught(ours, distributed), batch, *module.parameters())
+    module.zero_grad()
+    for index in (2, 4):
+        reference.model.layers[index].register_forward_hook(lambda *given: module(given[-1]))
+    expected = gradients(Taught(reference, reference), batch, *module.parameters())
+    names = ("more 0", "more 1")
+    assert_same({one: found[one] for one in names}, {one: expected[one] for one in names}, within=1e-5)
+
+
+@pytest.mark.parametrize("family", ["xglm", "mpt", "qwen3_moe", "ctrl", "phimoe", "falcon_h1"])
+def test_architectures_that_need_care(tmp_path: Path, family: str) -> None:
+    """Heads by other names, experts in one tensor, routers, caches asked for by the configuration, mamba."""
+    if not in_this_release(family):
+        pytest.skip("transformers does not have it here")
+    save_plain(family, tmp_path)
+    ids = prompt(2, 8)
+    for method in ("lora", "prompt"):
+        taught = teach(local_model(resolve_checkpoint(tmp_path), 2), Settings.of(method=method))
+        fill(taught.model)
+        taught.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        for name, one in taught.parameters:
+            assert one.grad is not None, name
+            assert bool(torch.isfinite(one.grad).all()), name
+        assert any(float(one.grad.abs().max()) > 0 for _, one in taught.parameters)
+
+
+def test_architectures_without_a_head_for_labels(tmp_path: Path) -> None:
+    save_plain("codegen", tmp_path)
+    model = local_model(resolve_checkpoint(tmp_path), 2)
+    with pytest.raises(UserInputError, match="no AutoModelForSequenceClassification for codegen models"):
+        teach(model, Settings.of(method="classify"), classes=("bad", "good"))
 
 
 @pytest.mark.parametrize("kind", CPU_KINDS)

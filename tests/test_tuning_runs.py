@@ -192,7 +192,7 @@ def test_its_adapter_is_a_peft_directory(begin, distributed, tokenizer, method):
 
 def test_pause_holds_nothing_on_the_servers_and_changes_nothing(begin, distributed, two_spans):
     hook = PauseAt(3)
-    run = begin(distributed, samples=[FACTS[0]["prompt"]], hooks=[hook])
+    run = begin(distributed, samples=[FACTS[0]["prompt"]], eval_data=FACTS[:2], hooks=[hook])
     hook.run = run
     assert run.control.wait_for(lambda state: state == "paused", 60)
     assert run.step == 3
@@ -201,6 +201,7 @@ def test_pause_holds_nothing_on_the_servers_and_changes_nothing(begin, distribut
     assert run.sample().result(20).texts[0]
     assert run.sample(["7 plus 5 is"]).result(20).step == 3
     wait_until(lambda: not any(server.host.quotas.sessions for server in two_spans.servers), 10)
+    assert not any(server.host.kept.nbytes or server.host.sums.nbytes for server in two_spans.servers)
     assert run.progress.participants == (Participant("me", "online", steps=3),)
     with pytest.raises(TimeoutError, match="step 3 of 6"):
         run.result(0.1)

@@ -52,17 +52,22 @@ def prompt_config(task: str = "CAUSAL_LM") -> Any:
     )
 
 
+def lora_config() -> Any:
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+
+
 def with_peft(model: Any, config: Any) -> Any:
     torch.manual_seed(3)
     return peft.get_peft_model(model, config)
 
 
+@pytest.mark.parametrize("config", [prompt_config, lora_config])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_trainer_with_peft_accumulation_and_evaluation(distributed, tokenizer, tmp_path, accumulate):
+def test_trainer_with_peft_accumulation_and_evaluation(distributed, tokenizer, tmp_path, accumulate, config):
     rows, collator = encoded(tokenizer, FACTS), Collator(pad_id(tokenizer))
     options = {"gradient_accumulation_steps": accumulate, "num_train_epochs": 2, "eval_strategy": "epoch"}
-    ours = train(with_peft(twin_of(distributed), prompt_config()), rows, collator, tmp_path, **options)
-    theirs = train(with_peft(plain(), prompt_config()), rows, collator, tmp_path, **options)
+    ours = train(with_peft(twin_of(distributed), config()), rows, collator, tmp_path, **options)
+    theirs = train(with_peft(plain(), config()), rows, collator, tmp_path, **options)
     assert len(ours[0]) == 2 * 3 // accumulate
     assert len(ours[1]) == 2
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
@@ -91,11 +96,12 @@ def test_trainer_with_a_head_for_labels(two_spans, tokenizer, tmp_path):
     assert found[0][-1] < found[0][0]
 
 
-def test_a_plain_loop(distributed, tokenizer):
+@pytest.mark.parametrize("config", [prompt_config, lora_config])
+def test_a_plain_loop(distributed, tokenizer, config):
     rows, collator = encoded(tokenizer, FACTS), Collator(pad_id(tokenizer))
 
     def losses(model: Any) -> list[float]:
-        model = with_peft(model, prompt_config())
+        model = with_peft(model, config())
         model.train()
         optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=5e-3)
         found = []

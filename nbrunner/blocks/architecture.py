@@ -56,7 +56,7 @@ def model_class(config: Any, task: str = "AutoModelForCausalLM") -> Any:
     try:
         found: Any = mapping[type(config)]
     except KeyError:
-        raise unsupported(config, f"transformers has no {task} class for it") from None
+        raise _without_task(config, task) from None
     if isinstance(found, (tuple, list)):  # families with several classes name the one they were saved with
         named = set(getattr(config, "architectures", None) or [])
         return next((cls for cls in found if cls.__name__ in named), found[0])
@@ -70,6 +70,17 @@ def config_for(cls: Any, config: Any) -> Any:
     """
     part = (getattr(config, "sub_configs", None) or {}).get("text_config")
     return copy.deepcopy(config.get_text_config() if part is not None and cls.config_class is part else config)
+
+
+def _without_task(config: Any, task: str) -> UnsupportedModelError:
+    """The error for a head that transformers does not have for an architecture."""
+    model_type = getattr(config, "model_type", "") or type(config).__name__
+    reason = f"transformers has no {task} for {model_type} models"
+    if task == "AutoModelForSequenceClassification":
+        reason += (
+            ": teach labels as texts, {'prompt': …, 'completion': label}, with AutoDistributedModelForCausalLM"
+        )
+    return UnsupportedModelError(f"{reason}.", model_type=model_type, reason=reason)
 
 
 def unsupported(config: Any, reason: str) -> UnsupportedModelError:

@@ -94,9 +94,10 @@ def run_blocks(
     return result.hidden.to(like), result.captured and [state.to(like) for state in result.captured]
 
 
-def no_gradient_through(hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """``output`` of a cached step, which says so clearly if anybody wants its gradient."""
-    result: torch.Tensor = _Cached.apply(hidden, output)  # type: ignore[no-untyped-call]
+def no_gradient_through(hidden: torch.Tensor, output: torch.Tensor, learned: Learned | None = None) -> torch.Tensor:
+    """``output`` of a cached step, which says so clearly if anybody wants a gradient from it."""
+    tensors = () if learned is None else tuple(learned.tensors.values())
+    result: torch.Tensor = _Cached.apply(output, hidden, *tensors)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -149,11 +150,11 @@ class _Blocks(torch.autograd.Function):
 
 class _Cached(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         raise UserInputError(
             "gradients cannot flow through caches on servers: call the model with use_cache=False to train."
         )

@@ -183,7 +183,7 @@ class RemoteLayers(nn.Module):
         between = edits.within(1, runner.num_blocks)
         output = self._run(runner, call, cache, hidden, positions, between, learned)
         output = edits.apply(output, runner.num_blocks, past)
-        return no_gradient_through(hidden, output) if wants_gradient and cache is not None else output
+        return no_gradient_through(hidden, output, learned) if wants_gradient and cache is not None else output
 
     def _run(
         self,

@@ -32,6 +32,12 @@ logging.getLogger("transformers.modeling_layers").addFilter(
 )
 
 
+_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""Where experts are kept in one tensor, PEFT takes these names for parts of it, which servers cannot adapt."""
+
+_STATE_SPACE = ("falcon_h1", "nemotron_h")
+"""Whose ``out_proj`` PEFT refuses: fused kernels of the architecture go past what it puts there."""
+
 _KINDS = {
     "lora": ("LORA",),
     "prompt": ("PROMPT_TUNING",),
@@ -164,11 +170,17 @@ def peft_config(model: Any, settings: Settings) -> Any:
             lora_dropout=settings.dropout,
             target_modules=_targets(model, settings.target_modules),
         )
+    # PEFT does not need it here, and refuses models that call it by a name that it does not know
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else None
     if settings.method == "p-tuning":
-        return peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=settings.prompt_tokens)
+        return peft.PromptEncoderConfig(
+            task_type=task, num_virtual_tokens=settings.prompt_tokens, num_attention_heads=heads
+        )
     # Starting from tokens of the vocabulary: numbers drawn at random are fifty times as large as any embedding.
     return peft.PromptTuningConfig(
         task_type=task,
+        num_attention_heads=heads,
         num_virtual_tokens=settings.prompt_tokens,
         prompt_tuning_init=peft.PromptTuningInit.SAMPLE_VOCAB,
     )
@@ -178,12 +190,16 @@ def modules_of(model: Any) -> list[str]:
     """Names of the linear modules in a model's blocks, as ``target_modules`` takes them."""
     from nbrunner.blocks.compat import Conv1D
 
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and any(part.isdecimal() for part in name.split("."))
-    }
-    return sorted(names)
+    names: set[str] = set()
+    left_out = {"out_proj"} if getattr(model.config, "model_type", None) in _STATE_SPACE else set()
+    for path, module in model.named_modules():
+        *above, name = path.split(".")
+        if name == "experts" and any(one.ndim == 3 for one in module.parameters(recurse=False)):
+            left_out |= _EXPERTS
+        # a name that is a number would be that of a block too
+        if isinstance(module, (nn.Linear, Conv1D)) and any(map(str.isdecimal, above)) and not name.isdecimal():
+            names.add(name)
+    return sorted(name for name in names - left_out if "router" not in name)
 
 
 def is_classifier(model: Any) -> bool:
@@ -229,15 +245,16 @@ def _prepared(model: Any, settings: Settings, classes: Sequence[Label]) -> Any:
             _name_classes(model, classes)
         _check_task(model, classify=classify)
         return model
-    if not classify:
-        _check_task(model, classify=False)
-        return twin_of(model)
-    if not is_classifier(model):
+    if classify and not is_classifier(model):
         with _quietly(settings.seed):
-            return classifier_of(model, **_class_names(classes))
-    twin = twin_of(model)
-    _name_classes(twin, classes)
-    return twin
+            made = classifier_of(model, **_class_names(classes))
+    else:
+        _check_task(model, classify=classify)
+        made = twin_of(model)
+        if classify:
+            _name_classes(made, classes)
+    made.config.use_cache = False  # some architectures ask for a cache themselves where the config says so
+    return made
 
 
 def _check_task(model: Any, *, classify: bool) -> None:
