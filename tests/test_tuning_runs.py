@@ -207,7 +207,7 @@ def test_pause_holds_nothing_on_the_servers_and_changes_nothing(begin, distribut
         run.result(0.1)
     run.resume()
     result = run.result(60)
-    straight = begin(distributed)
+    straight = begin(distributed, eval_data=FACTS[:2])
     straight.result(60)
     assert_same_losses(run, straight, within=1e-6)
     assert [one.when for one in result.answers] == ["before", "during", "during", "after"]
