@@ -170,7 +170,9 @@ def test_rows_that_are_too_long(tokenizer):
 
 def test_labels_that_the_head_does_not_have(tokenizer):
     encoding = Encoding(tokenizer, most_tokens=50, classes=("bad", "good"))
-    rows = read_examples([{"text": "a", "label": "good"}, {"text": "b", "label": "so-so"}], labelled=True, name="eval_data")
+    rows = read_examples(
+        [{"text": "a", "label": "good"}, {"text": "b", "label": "so-so"}], labelled=True, name="eval_data"
+    )
     with pytest.raises(UserInputError, match="row 1 of eval_data: its label 'so-so' is none of 'bad', 'good'"):
         encoding.encode(rows)
 
