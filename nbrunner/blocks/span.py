@@ -27,6 +27,7 @@ from .host_copies import to_device
 from .huge_pages import onto_huge_pages
 from .loading import as_dtype, load_span_model
 from .passes import KeptPass, Leaves, SavedBytes, SpanGradient, SpanOutput
+from .thin_products import ThinProducts
 
 
 @dataclass
@@ -92,6 +93,7 @@ class BlockSpan:
         self._widths: dict[int, dict[str, Width]] = {}
         self._views: dict[tuple[int, int], nn.ModuleList] = {}
         self._rope = [_RopeState(module) for module in model.modules() if _is_dynamic_rope(module)]
+        self._thin = ThinProducts()
         self._lock = threading.Lock()
         self._run: _Run | None = None
         for index in range(self.start, self.end):
@@ -233,7 +235,7 @@ class BlockSpan:
         ``cache`` is what the layers see as their cache. The sessions' own positions are for the caller to move.
         """
         start, end = cache.start, cache.end
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), self._thin.turned():
             run = self._execute(
                 hidden, cache, attention_mask, position_ids, start, end, carry, collect, edits, adapting
             )
@@ -360,6 +362,11 @@ class BlockSpan:
         )
         with self._lock:
             return kept.backward(grad_output, grad_carry)
+
+    def prepare_joined(self) -> None:
+        """Look how this machine computes joined passes best; once, in the thread that will compute."""
+        if not self._thin.layers:
+            self._thin = ThinProducts(self._pruned.originals[self.start : self.end])
 
     def linears(self, block: int) -> dict[str, Width]:
         """The linear modules inside a block that can be adapted: name → input and output features."""
