@@ -107,7 +107,7 @@ def _frames(adapters: dict[int, BlockAdapter], limits: Limits) -> Iterator[dict[
         if one.rank > limits.adapter_rank:
             raise UserInputError(
                 f"an adapter of rank {one.rank} in block {block}, and the server allows {limits.adapter_rank}: "
-                "use a lower r in the LoraConfig"
+                "use a lower rank"
             )
         if one.nbytes > frame:
             raise UserInputError(
