@@ -13,13 +13,17 @@ import torch
 from client_models import save_plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity.families import tiny_config
+from parity.checks import small_enough
+from parity.families import names, tiny_config
 
+from nbrunner.blocks import batching, prefix_attention
 from nbrunner.blocks.batching import Batcher, Joining, SpanStep
 from nbrunner.blocks.batching_probe import choose_joining
 from nbrunner.blocks.cache import PAGE_TOKENS, ForkedLayer, SpanCache
 from nbrunner.blocks.checkpoint import resolve_checkpoint
+from nbrunner.blocks.prefix_attention import KeysInPieces
 from nbrunner.blocks.span import BlockSpan
+from nbrunner.errors import NBRunnerError
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.messages import AdapterUse, CacheOp, EditOp, Hop, OpenSession, Step
@@ -403,6 +407,116 @@ def test_a_step_that_finds_no_memory_to_freeze_changes_nothing(
     first.check()
     assert frozen.nbytes() == before
     run(batcher, [(one, one.begin([3])) for one in sessions])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt#350m", "qwen2_moe", "qwen3", "granite", "phi", "olmo2"])
+@torch.inference_mode()
+def test_attention_in_pieces_is_attention(family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces, one of them common to all rows, and tokens of their own; by itself and together with another."""
+    save_plain(family, tmp_path)
+    span = BlockSpan.load(resolve_checkpoint(tmp_path), 0, 4, dtype="float32")
+    batcher = Batcher(span, choose_joining(span))
+    assert batcher.layout == "packed"
+    monkeypatch.setattr(batching, "LONG_TOKENS", 40)
+    attended: list[int] = []
+    attend = KeysInPieces.attend
+    monkeypatch.setattr(KeysInPieces, "attend", lambda *args: attended.append(len(args[0].parts)) or attend(*args))
+    prompt = torch.randn(1, 40, *span.hidden_shape)
+    others = torch.randn(1, 20, *span.hidden_shape)
+    caches = [span.new_cache() for _ in range(4)]
+    for cache in caches[:2]:
+        assert cache is not None
+        span.forward(prompt, cache=cache)
+        if cache is caches[0]:
+            cache.freeze(24, {})
+            cache.freeze(40, {})
+        cache.repeat(3)
+    for cache in caches[2:]:
+        span.forward(others, cache=cache)
+    for together in (False, True, False, True):
+        hidden, other = torch.randn(3, 1, *span.hidden_shape), torch.randn(1, 1, *span.hidden_shape)
+        places = torch.tensor([[caches[1].length]])
+        steps = [SpanStep(hidden, caches[0], position_ids=places)]
+        if together:
+            steps.append(SpanStep(other, caches[2], position_ids=torch.tensor([[caches[2].length]])))
+            right = span.forward(other, cache=caches[3], position_ids=torch.tensor([[caches[3].length]])).hidden
+        attended.clear()
+        found = batcher.forward(steps)
+        assert attended == [3] * 4
+        expected = span.forward(hidden, cache=caches[1], position_ids=places).hidden
+        torch.testing.assert_close(found[0].hidden, expected, rtol=1e-4, atol=1e-5)
+        if together:
+            torch.testing.assert_close(found[1].hidden, right, rtol=1e-4, atol=1e-5)
+        for cache in caches[:2]:
+            cache.select([2, 0, 0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@torch.inference_mode()
+def test_all_families_that_share_compute_the_same(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "LONG_TOKENS", 30)
+    shared, different = 0, {}
+    for name in names():
+        folder = tmp_path / name
+        folder.mkdir()
+        try:
+            if not small_enough(tiny_config(name)):
+                continue
+            save_plain(name, folder)
+            checkpoint = resolve_checkpoint(folder)
+            span = BlockSpan.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32")
+        except (NBRunnerError, TypeError, ValueError, AttributeError, ImportError, LookupError, RuntimeError):
+            continue  # what cannot be run at all is for tests/test_parity.py
+        batcher = Batcher(span, choose_joining(span))
+        if not can_share_prefixes(span, batcher):
+            continue
+        shared += 1
+        difference = _difference_of_sharing(span, batcher)
+        if difference > 1e-5:
+            different[name] = difference
+    assert different == {}
+    assert shared >= 60
+
+
+def _difference_of_sharing(span: BlockSpan, batcher: Batcher) -> float:
+    """Of a prompt whose first 32 tokens are frozen, then two rows: relative to the largest number."""
+    ours, theirs = span.new_cache(), span.new_cache()
+    assert ours is not None
+    assert theirs is not None
+    prompt, worst = torch.randn(1, 36, *span.hidden_shape), 0.0
+    for cache in (ours, theirs):
+        span.forward(prompt, cache=cache)
+        if cache is ours:
+            cache.freeze(32, {})
+        cache.repeat(2)
+    for tokens in (2, 1, 1):
+        hidden = torch.randn(2, tokens, *span.hidden_shape)
+        places = torch.arange(theirs.length, theirs.length + tokens)[None]
+        (found,) = batcher.forward([SpanStep(hidden, ours, position_ids=places)])
+        assert not isinstance(found, Exception), found
+        right = span.forward(hidden, cache=theirs, position_ids=places).hidden
+        worst = max(worst, float((found.hidden - right).abs().max() / right.abs().max()))
+        ours.select([1, 1])
+        theirs.select([1, 1])
+    return worst
+
+
+def test_without_torchs_operator_keys_are_put_together(span: BlockSpan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any) -> Any:
+        raise AttributeError
+
+    def wrong(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return query, query[..., 0]
+
+    for broken in (gone, wrong):
+        prefix_attention._works.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(prefix_attention, "_attend", broken)
+            assert not prefix_attention._works(torch.float32)
+            assert not Batcher(span)._in_pieces
+        prefix_attention._works.cache_clear()
+    assert Batcher(span)._in_pieces
 
 
 @pytest.mark.parametrize(

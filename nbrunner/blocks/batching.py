@@ -32,6 +32,7 @@ from .cache import SpanCache
 from .edits import Edits
 from .host_copies import to_device
 from .passes import SpanOutput
+from .prefix_attention import LONG_TOKENS, can_attend_in_pieces
 from .span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Batcher:
         self._configs = attention_configs(span.model)
         self._implementation = str(span.config._attn_implementation or "eager")
         self._ropes = _length_dependent_ropes(span.model)
+        self._in_pieces = can_attend_in_pieces(span.device, span.dtype, self._implementation)
 
     @property
     def layout(self) -> Layout:
@@ -187,8 +189,8 @@ class Batcher:
     # -- running ---------------------------------------------------------------------------------------------------
 
     def _run(self, steps: Sequence[SpanStep]) -> Sequence[SpanOutput]:
-        if len(steps) == 1:
-            one = steps[0]
+        one = steps[0]
+        if len(steps) == 1 and not self._gains_alone(one):
             return [
                 self.span.forward(
                     one.hidden,
@@ -202,6 +204,12 @@ class Batcher:
                 )
             ]
         return self._padded(steps) if self.layout == "padded" else self._packed(steps)
+
+    def _gains_alone(self, step: SpanStep) -> bool:
+        """Whether a step is better run as those of several sessions are: it then need not copy its prefix."""
+        if step.cache.prefix.tokens * step.rows < LONG_TOKENS or step.tokens > 1:
+            return False
+        return self._in_pieces and self.layout == "packed" and self.key(step) is not None
 
     def _packed(self, steps: Sequence[SpanStep]) -> list[SpanOutput]:
         device = self.span.device
@@ -223,6 +231,7 @@ class Batcher:
             segments,
             self._implementation,
             concatenated=self.layout == "concat",
+            in_pieces=self._in_pieces,
         )
         places = [(segment.begin, segment.end) for segment in segments]
 

@@ -22,6 +22,7 @@ from .compat import (
     AttentionInterface,
     AttentionMaskInterface,
 )
+from .prefix_attention import KeysInPieces
 
 NAME = "nbrunner"
 
@@ -66,7 +67,9 @@ class JoinedKeys(Protocol):
 
     def sizes(self, index: int) -> tuple[int, int, int]: ...
 
-    def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]: ...
+    def keys_and_values(
+        self, layer: int, key: Tensor, value: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor] | KeysInPieces]: ...
 
 
 class SegmentMasks(list[Any]):
@@ -114,9 +117,14 @@ def _attention(
     attend = _plain_attention(module, keys.implementation)
     pairs = keys.keys_and_values(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     outputs = []
-    for index, (segment, (own_key, own_value)) in enumerate(zip(keys.segments, pairs, strict=True)):
+    for index, (segment, own) in enumerate(zip(keys.segments, pairs, strict=True)):
         mask = attention_mask[index] if isinstance(attention_mask, SegmentMasks) else None
-        output = attend(module, segment.cut(query, 2), own_key, own_value, mask, **kwargs)[0]
+        asked = segment.cut(query, 2)
+        if isinstance(own, KeysInPieces) and mask is None and kwargs.get("position_bias") is None:
+            output = own.attend(asked, kwargs.get("scaling"))
+        else:
+            own_key, own_value = own.whole() if isinstance(own, KeysInPieces) else own
+            output = attend(module, asked, own_key, own_value, mask, **kwargs)[0]
         outputs.append(output.reshape(1, segment.rows * segment.tokens, *output.shape[2:]))
     return torch.cat(outputs, 1), None
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .batching_attention import Segment
-from .cache import SpanCache, is_recurrent
+from .cache import ForkedLayer, SpanCache, is_recurrent
 from .compat import Cache, CacheLayerMixin, DummyLayer
+from .prefix_attention import KeysInPieces
 
 
 class _JoinedCache(Cache):  # type: ignore[misc]
@@ -45,19 +46,27 @@ class PackedCache(_JoinedCache):
         Of the sessions, in order.
     implementation
         The model's own attention.
+    in_pieces
+        Whether attention of single tokens takes keys that lie in several places as they are.
     concatenated
         Whether `update` returns all keys and values one after the other, for models that change them after the
         cache (latent attention projects them up again); else they never leave their session.
     """
 
     def __init__(
-        self, caches: Sequence[SpanCache], segments: Sequence[Segment], implementation: str, *, concatenated: bool
+        self,
+        caches: Sequence[SpanCache],
+        segments: Sequence[Segment],
+        implementation: str,
+        *,
+        concatenated: bool,
+        in_pieces: bool = False,
     ) -> None:
         super().__init__(caches)
         self.layers = caches[0].layers
         self.segments, self.implementation = segments, implementation
-        self._concatenated = concatenated
-        self._pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._concatenated, self._in_pieces = concatenated, in_pieces and not concatenated
+        self._pairs: dict[int, list[Any]] = {}
         self._asked = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -79,20 +88,28 @@ class PackedCache(_JoinedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        pairs = self._pairs[layer_idx] = [
-            cache.update(segment.cut(key_states, 2), segment.cut(value_states, 2), layer_idx, *args, **kwargs)
-            for cache, segment in zip(self._caches, self.segments, strict=True)
-        ]
+        pairs = self._pairs[layer_idx] = []
+        for cache, segment in zip(self._caches, self.segments, strict=True):
+            keys, values = segment.cut(key_states, 2), segment.cut(value_states, 2)
+            layer = cache.layers[layer_idx]
+            # of single tokens that see everything
+            if self._in_pieces and isinstance(layer, ForkedLayer) and segment.tokens == 1 and segment.mask is None:
+                pairs.append(layer.append(keys, values))
+            else:
+                pairs.append(cache.update(keys, values, layer_idx, *args, **kwargs))
         if not self._concatenated:
             return key_states, value_states
         return _in_one_row([key for key, _ in pairs]), _in_one_row([value for _, value in pairs])
 
-    def keys_and_values(self, layer: int, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def keys_and_values(
+        self, layer: int, key: Tensor, value: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor] | KeysInPieces]:
         """For each session ``[rows, heads, past + tokens, width]`` twice."""
         pairs = self._pairs.pop(layer)
         if not self._concatenated:
             return pairs
-        own, begin = [], 0
+        own: list[tuple[Tensor, Tensor]] = []
+        begin = 0
         for segment, (held, _) in zip(self.segments, pairs, strict=True):
             places = Segment(begin, segment.rows, held.shape[2], None)
             own.append((places.cut(key, 2), places.cut(value, 2)))

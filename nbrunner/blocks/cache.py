@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from ..errors import UserInputError
 from .compat import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 from .prefix import FrozenTokens, Prefix
+from .prefix_attention import KeysInPieces
 
 PAGE_TOKENS = 16
 """Buffers are whole pages of so many tokens."""
@@ -119,7 +120,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 class ForkedLayer(GrowingLayer):
     """A layer whose first tokens are those of a prefix; what follows lies in growing buffers of its own.
 
-    `update` puts them together, which copies them. That is right for every model.
+    `update` puts them together, which copies them. That is right for every model; where attention can take them
+    piece by piece, `append` gives them as they are.
 
     Parameters
     ----------
@@ -156,6 +158,15 @@ class ForkedLayer(GrowingLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
         return self._whole(0, keys), self._whole(1, values)
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> KeysInPieces:
+        """As `update`, without putting anything together."""
+        keys, values = super().update(key_states, value_states)
+        parts = []
+        for piece in self.prefix.pieces:
+            held = piece.frozen.layers[self.slot]
+            parts.append((piece.of(held[0], 2), piece.of(held[1], 2), piece.single is not None))
+        return KeysInPieces([*parts, (keys, values, False)])
 
     def get_seq_length(self) -> int:
         return self.prefix.tokens + self._used
