@@ -47,7 +47,10 @@ WHAT = (
     argument("--data", metavar="NAME", help="variable with the examples; otherwise they are the cell's lines"),
     argument("--eval", dest="eval_data", metavar="NAME", help="variable with examples that are only evaluated"),
     argument(
-        "--adapter", type=unquoted, metavar="DIR", help="PEFT directory (or a variable with its path) to go on with"
+        "--adapter",
+        type=unquoted,
+        metavar="DIR",
+        help="PEFT directory to go on with, or a variable with it or a run",
     ),
     argument("--together", metavar="NAME", help="teach one adapter with all in the swarm who use the same NAME"),
     argument("-m", "--model", metavar="MODEL", help="name of a model that the swarm serves, or of a variable"),
@@ -154,7 +157,7 @@ class FinetuneMagics(Magics):
                 method=arguments.method,
                 eval_data=evaluation,
                 tokenizer=loaded.tokenizer,
-                adapter=getattr(adapter, "adapter", adapter),
+                adapter=adapter,
                 out_dir=arguments.out_dir,
                 together=arguments.together,
                 **given,

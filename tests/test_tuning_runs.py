@@ -185,7 +185,8 @@ def test_its_adapter_is_a_peft_directory(begin, distributed, tokenizer, method):
     other = "prompt" if method == "lora" else "lora"
     with pytest.raises(UserInputError, match=f"with which the method '{other}' cannot go on: {method}, "):
         begin(distributed, method=other, adapter=result.adapter)
-    again = begin(distributed, method=method, adapter=result.adapter, max_steps=2)
+    assert begin(distributed, method=method, adapter=run, max_steps=2).result(60).steps == 2
+    again = begin(distributed, method=method, adapter=result, max_steps=2)
     again.result(60)
     assert again.history["loss"][0] < run.history["loss"][0]  # of the same rows: it would be the same from nothing
 
@@ -559,6 +560,7 @@ def test_what_the_notebook_draws_at_random_is_its_own(begin, distributed):
         ({"method": "classify", "data": [{"text": "a", "label": 1}]}, "all rows have the label 1"),
         ({"target_modules": ["q_proj"]}, "target_modules belong to LoRA"),
         ({"adapter": "nowhere"}, "there is no PEFT adapter in nowhere"),
+        ({"method": "lora", "adapter": 3}, "adapter is int; give the directory of a PEFT adapter, or a run"),
         ({"method": "lora", "adapter": "nowhere", "rank": 4}, "the adapter in nowhere has its own rank"),
         (
             {"prompt_tokens": 1024},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from nbrunner.client.tracing import tokenizer_of
 from nbrunner.errors import UserInputError
 from nbrunner.tuning.data import Examples, Label, read_examples
 from nbrunner.tuning.encoding import Encoding
-from nbrunner.tuning.folder import HISTORY_FILE, LEARNED_FILE, RunFolder
+from nbrunner.tuning.folder import ADAPTER, HISTORY_FILE, LEARNED_FILE, RunFolder
 from nbrunner.tuning.history import History
 from nbrunner.tuning.hooks import StepHook
 from nbrunner.tuning.methods import Taught, is_classifier, teach
 from nbrunner.tuning.model_source import model_source
+from nbrunner.tuning.progress import TrainingResult
 from nbrunner.tuning.run import TrainingRun
 from nbrunner.tuning.samples import Answers
 from nbrunner.tuning.settings import LORA_OPTIONS, Settings
@@ -39,7 +41,7 @@ def finetune(
     method: str = "lora",
     eval_data: Any = None,
     tokenizer: Any = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | TrainingRun | TrainingResult | None = None,
     out_dir: str | Path | None = None,
     together: str | None = None,
     together_options: Mapping[str, Any] | None = None,
@@ -63,7 +65,7 @@ def finetune(
     tokenizer
         By default the one saved with the model.
     adapter
-        Directory of a PEFT adapter to go on with.
+        Directory of a PEFT adapter to go on with, or a run that has taught one, or its result.
     out_dir
         Where the run is kept; by default a new folder in ``nbrunner-runs``.
     together
@@ -99,6 +101,7 @@ def finetune(
         run.result().adapter
     """
     settings = Settings.of(method=method, **options)
+    adapter = _adapter_folder(adapter)
     _check_brought(model, adapter, options)
     labelled = method == "classify"
     examples = read_examples(data, labelled=labelled)
@@ -128,7 +131,25 @@ def finetune(
     return run
 
 
-def _check_brought(model: Any, adapter: str | Path | None, options: Mapping[str, Any]) -> None:
+def _adapter_folder(adapter: Any) -> Path | None:
+    if adapter is None:
+        return None
+    if isinstance(adapter, TrainingResult):
+        return adapter.adapter
+    if isinstance(adapter, TrainingRun):
+        folder = adapter.folder.path / ADAPTER
+        found = folder if folder.is_dir() else adapter.folder.last_checkpoint
+        if found is None:
+            raise UserInputError("this run has no checkpoint yet: run.checkpoint().result() writes one.")
+        return found
+    if not isinstance(adapter, (str, os.PathLike)):
+        raise UserInputError(
+            f"adapter is {type(adapter).__name__}; give the directory of a PEFT adapter, or a run."
+        )
+    return Path(adapter)
+
+
+def _check_brought(model: Any, adapter: Path | None, options: Mapping[str, Any]) -> None:
     """Refuse numbers of LoRA for what has its own."""
     given = next((name for name in LORA_OPTIONS if options.get(name) is not None), None)
     if given is None or (adapter is None and not hasattr(model, "peft_config")):
