@@ -20,6 +20,7 @@ from nbrunner.protocol.messages import CacheOp
 from nbrunner.protocol.tensors import pack
 from nbrunner.server import compute
 from nbrunner.server.compute import ComputeThread
+from nbrunner.server.host import Speed, gather_seconds
 from nbrunner.server.inputs import Form, sizes, take_inputs, windows
 from nbrunner.server.options import parse_blocks, parse_bytes
 from nbrunner.server.quotas import LONGEST_WAIT, Quotas, TokenBucket
@@ -326,6 +327,11 @@ def test_a_step_waits_for_those_of_other_sessions_and_for_nobody_if_there_are_no
     finally:
         thread.close()
     assert passes == [1, 1, 1, 2]
+
+
+def test_a_step_waits_for_others_as_long_as_suits_it() -> None:
+    waits = [gather_seconds(Speed(seconds, 1.0, 0.0, 1.0)) for seconds in (0.0, 0.001, 0.04, 10.0)]
+    assert waits == [compute.GATHER_SECONDS, compute.GATHER_SECONDS, 0.005, 0.02]
 
 
 def _fail() -> None:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 GATHER_SECONDS = 0.001
-"""How long the thread waits for the steps of other sessions that are active, before it runs those it has."""
+"""How long the thread waits for the steps of other sessions that are active, before it runs those it has; at least."""
 
 ACTIVE_SECONDS = 0.25
 """A session counts as active for so long after its last step."""
@@ -58,6 +58,11 @@ class Done(Generic[T]):
 class ComputeThread:
     """One thread. What it runs next is for `Scheduler` to say, of all that waits.
 
+    Attributes
+    ----------
+    gather_seconds
+        How long it waits for the steps of other active sessions; see `nbrunner.server.host.gather_seconds`.
+
     Jobs of one session keep their order because a session submits one at a time. Waking the thread goes through
     a `queue.SimpleQueue`, written in C: a put and the wake-up take 10-20 µs, where `queue.PriorityQueue` with its
     Python condition variable took four times as long.
@@ -65,6 +70,7 @@ class ComputeThread:
 
     def __init__(self, name: str = "nbrunner-compute", initialize: Callable[[], None] | None = None) -> None:
         self.scheduler = Scheduler()
+        self.gather_seconds = GATHER_SECONDS
         self._run_parts: PartRunner | None = None
         self._waiting: dict[int, _Job] = {}
         self._active: dict[str, float] = {}
@@ -210,7 +216,7 @@ class ComputeThread:
             steps = [one for one in here if one.urgency is Urgency.DECODE and one.joins is not None]
             if not steps or len(here) >= expected:
                 return
-            deadline = deadline or now + GATHER_SECONDS
+            deadline = deadline or now + self.gather_seconds
             if now >= deadline or self._closed:
                 return
             try:
