@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 GATHER_SECONDS = 0.001
-"""How long the thread waits for the steps of other sessions that are active, before it runs those it has; at least."""
+"""How long the thread waits at least for the steps of other active sessions, before it runs those it has."""
 
 ACTIVE_SECONDS = 0.25
 """A session counts as active for so long after its last step."""
