@@ -25,6 +25,12 @@ bench-report` makes this page.
 """
 
 REASONS = {
+    "concurrent": "The eight sessions are one client's, which computes its head for each, 5 ms one after the "
+    "other. They come back later than a step waits for others, fall apart into two groups that take turns, and a "
+    "pass of four takes nearly as long as one of eight.",
+    "fairness": "The steps of both peers run in one pass, and one of nine rows takes twice as long as one of a "
+    "single row (122 ms and 58 on one core in float32). Serving the peers in turn would take most of the speed of "
+    "the eight and give next to nothing to the one.",
     "hop": "A step of `tiny8` is all overhead. Half of what a hop adds is not the way between processes: four of "
     "its blocks take 1.8 ms of processor time in a loop, and 2.2 to 2.5 ms in a server that has slept "
     "since the last step, whose caches have gone cold. With all servers on one core the added time is 0.3 "
