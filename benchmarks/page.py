@@ -26,8 +26,7 @@ bench-report` makes this page.
 
 REASONS = {
     "concurrent": "The eight sessions are one client's, which computes its head for each, 5 ms one after the "
-    "other. They come back later than a step waits for others, fall apart into two groups that take turns, and a "
-    "pass of four takes nearly as long as one of eight.",
+    "other, while the server waits for them: a pass of eight costs it little more than one of four.",
     "fairness": "The steps of both peers run in one pass, and one of nine rows takes twice as long as one of a "
     "single row (122 ms and 58 on one core in float32). Serving the peers in turn would take most of the speed of "
     "the eight and give next to nothing to the one.",

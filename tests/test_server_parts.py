@@ -329,6 +329,23 @@ def test_a_step_waits_for_those_of_other_sessions_and_for_nobody_if_there_are_no
     assert passes == [1, 1, 1, 2]
 
 
+def test_sessions_come_back_as_long_after_as_they_did_before() -> None:
+    returns = compute.Returns()
+    assert returns.latest([], 0.0, 100.0) is None
+    for turn in range(5):
+        returns.came("quick", turn + 0.1)
+        returns.came("slow", turn + 0.8)
+        returns.went("quick", turn + 1.0)
+        returns.went("slow", turn + 1.0)
+    due = returns.latest([], 5.0, 100.0)  # 1.3 × 0.8 later
+    assert due == pytest.approx(5.0 + 1.04)
+    assert returns.latest([], 5.0, 5.5) == pytest.approx(5.13)  # the slow one is not waited for
+    assert returns.latest(["quick"], 5.0, 5.5) is None  # it is here
+    assert returns.latest([], 5.2, 5.5) is None  # it is late: it may never come
+    assert returns.latest([], 5.0 + 2 * compute.FORGET_SECONDS, 1e9) is None
+    assert returns._went == returns._away == {}
+
+
 def test_a_step_waits_for_others_as_long_as_suits_it() -> None:
     waits = [gather_seconds(Speed(seconds, 1.0, 0.0, 1.0)) for seconds in (0.0, 0.001, 0.04, 10.0)]
     assert waits == [compute.GATHER_SECONDS, compute.GATHER_SECONDS, 0.005, 0.02]

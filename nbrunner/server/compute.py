@@ -8,11 +8,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from nbrunner.server.scheduler import Scheduler, Urgency, Waiting
+from nbrunner.server.scheduler import FORGET_SECONDS, Scheduler, Urgency, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,44 @@ GATHER_SECONDS = 0.001
 
 ACTIVE_SECONDS = 0.25
 """A session counts as active for so long after its last step."""
+
+
+GATHERS_FOR_THOSE_EXPECTED = 6
+"""So many times as long it waits for sessions that are known to be back by then."""
+
+
+_REMEMBERED = 4096
+
+
+class Returns:
+    """When sessions come back with their next step, by how long they were away before."""
+
+    def __init__(self) -> None:
+        self._went: dict[str, float] = {}
+        self._away: dict[str, float] = {}
+
+    def went(self, session: str, now: float) -> None:
+        """A step has been computed."""
+        self._went[session] = now
+
+    def came(self, session: str, now: float) -> None:
+        """The next one is here."""
+        before = self._went.pop(session, None)
+        if before is not None:
+            away = now - before
+            if len(self._away) >= _REMEMBERED:
+                self._away.clear()  # of sessions that have ended, as a rule; it is learned again in two steps
+            self._away[session] = away if session not in self._away else 0.7 * self._away[session] + 0.3 * away
+
+    def latest(self, here: Collection[str], now: float, limit: float) -> float | None:
+        """When the last of those is back that are away, not late, and due before a limit; None if there is none."""
+        for session in [one for one, at in self._went.items() if now - at > FORGET_SECONDS]:
+            del self._went[session]
+            self._away.pop(session, None)
+        back = [
+            at + 1.3 * self._away[one] for one, at in self._went.items() if one in self._away and one not in here
+        ]
+        return max((one for one in back if now < one <= limit), default=None)
 
 
 class Part(Protocol):
@@ -74,6 +112,7 @@ class ComputeThread:
         self._run_parts: PartRunner | None = None
         self._waiting: dict[int, _Job] = {}
         self._active: dict[str, float] = {}
+        self._returns = Returns()
         self._lock = threading.Lock()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._numbers = itertools.count()
@@ -119,6 +158,7 @@ class ComputeThread:
         now = time.perf_counter()
         with self._lock:
             self._active[session] = now
+            self._returns.came(session, now)
             alone = self._active_sessions(now) == 1
         if brief and alone and self._may_run_here():
             try:
@@ -129,7 +169,7 @@ class ComputeThread:
                 raise problem
             return Done(None, 0.0, time.perf_counter() - now)
         job = self._job(urgency, peer)
-        job.part = part
+        job.part, job.session = part, session
         await self._enqueue(job)
         return Done(None, job.queue, job.compute)
 
@@ -206,25 +246,33 @@ class ComputeThread:
         return True
 
     def _gather(self) -> None:
-        """Give the steps of other active sessions a moment to arrive, to be run together with those here."""
-        deadline = 0.0
+        """Give the steps of other active sessions a moment to arrive, to be run together with those here.
+
+        A short one for those that were active lately, and a longer one for those that come back by then as a rule.
+        """
+        begin = 0.0
         while True:
             now = time.perf_counter()
+            begin = begin or now
             with self._lock:
                 here = [job.waiting for job in self._waiting.values() if job.part is not None]
                 expected = self._active_sessions(now)
+                back = self._returns.latest(
+                    {job.session for job in self._waiting.values()},
+                    now,
+                    begin + GATHERS_FOR_THOSE_EXPECTED * self.gather_seconds,
+                )
             steps = [one for one in here if one.urgency is Urgency.DECODE and one.joins is not None]
-            if not steps or len(here) >= expected:
-                return
-            deadline = deadline or now + self.gather_seconds
-            if now >= deadline or self._closed:
+            short = begin + self.gather_seconds if len(here) < expected else 0.0
+            until = max(short, back or 0.0)
+            if not steps or until <= now or self._closed:
                 return
             try:
-                if not self._wake.get(timeout=deadline - now):
+                if not self._wake.get(timeout=until - now):
                     self._wake.put(False)
                     return
             except queue.Empty:
-                return
+                continue
 
     def _run_jobs(self, jobs: Sequence[tuple[_Job, int]]) -> list[_Job]:
         """Those that have something left are returned."""
@@ -243,7 +291,11 @@ class ComputeThread:
             problems = self._runner()(parts)
         except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the jobs
             problems = cast(Sequence[Exception], [error] * len(jobs))
-        seconds = time.perf_counter() - began
+        ended = time.perf_counter()
+        seconds = ended - began
+        with self._lock:
+            for job, _ in jobs:
+                self._returns.went(job.session, ended)
         unfinished = []
         for (job, _), problem in zip(jobs, problems, strict=True):
             job.compute += seconds
@@ -270,6 +322,7 @@ class _Job:
         "part",
         "peer",
         "queue",
+        "session",
         "submitted",
         "urgency",
     )
@@ -285,6 +338,7 @@ class _Job:
         self.number, self.urgency, self.peer = number, urgency, peer
         self.function: Callable[[], object] | None = None
         self.part: Part | None = None
+        self.session = ""
         self._loop = loop
         self.future: asyncio.Future[object] = future
         self.submitted = time.perf_counter()
