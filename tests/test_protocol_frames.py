@@ -22,7 +22,7 @@ from nbrunner.protocol.frames import (
 )
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES
 from nbrunner.protocol.messages import AnyMessage, Ping
-from nbrunner.protocol.tensors import DTYPES, check_shape, pack, take, unpack
+from nbrunner.protocol.tensors import DTYPES, all_finite, check_shape, pack, take, unpack
 
 PEER = "12D3KooW" + "x" * 44
 
@@ -199,3 +199,18 @@ def test_shapes(actual: list[int], wanted: list[int | None], open_ended: bool) -
     else:
         with pytest.raises(BadPeerDataError):
             check_shape("hidden", actual, pattern)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@given(numbers=st.lists(st.sampled_from([0.0, -1.5, 3e4, -3e4, math.inf, -math.inf, math.nan, 1e-7]), max_size=40))
+def test_finite_is_what_torch_says(dtype: torch.dtype, numbers: list[float]) -> None:
+    tensor = torch.tensor(numbers, dtype=dtype)
+    assert all_finite(tensor) == bool(torch.isfinite(tensor).all())
+
+
+def test_the_largest_numbers_and_whole_numbers_are_finite() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        limits = torch.finfo(dtype)
+        assert all_finite(torch.tensor([[limits.max, limits.min]] * 3, dtype=dtype, requires_grad=True))
+    assert all_finite(torch.tensor([2**62, -1]))
+    assert all_finite(torch.tensor([True, False]))

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nbrunner.protocol.tensors import all_finite
+
 from ..errors import BadPeerDataError, UserInputError
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ def check_edits(edits: Edits, *, layers: tuple[int, int], hidden_shape: Sequence
                 f"{where}: the vector has the shape {list(vector.shape)}, not {list(shape)}"
                 + (f" or {list(per_position)}" if per_position else "")
             )
-        if not vector.is_floating_point() or not bool(torch.isfinite(vector).all()):
+        if not vector.is_floating_point() or not all_finite(vector):
             raise UserInputError(f"{where}: the vector has NaN or infinity in it, or is not of floating point")
         if op.kind == "project" and not bool((vector != 0).any()):
             raise UserInputError(f"{where}: the direction is zero")

@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from nbrunner.protocol.tensors import all_finite
+
 from ..errors import UserInputError
 from .adapters import BlockAdapter
 from .architecture import config_for, find_layers, model_class
@@ -94,7 +96,7 @@ def load_peft_adapter(checkpoint: Checkpoint, folder: Path) -> dict[int, BlockAd
     if learned is None:
         raise UserInputError(f"{folder} changes nothing in the blocks of {checkpoint.name}")
     for block, one in learned.adapter.blocks.items():
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in one.tensors.values()):
+        if not all(all_finite(tensor) for tensor in one.tensors.values()):
             raise UserInputError(f"{folder} has NaN or infinity in the adapter of block {block}")
     return dict(learned.adapter.blocks)
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from nbrunner.client.remote import RemoteLayers
 from nbrunner.errors import UserInputError
+from nbrunner.protocol.tensors import all_finite
 
 FILE = "deep_prompts.safetensors"
 _KEY = "weight"
@@ -95,7 +96,7 @@ def load_deep_prompts(model: Any, folder: str | Path, *, is_trainable: bool = Fa
             f"the prompts in {path} have the shape {list(weight.shape)}; this model takes [{blocks}, tokens, "
             f"{', '.join(map(str, shape))}]"
         )
-    if not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):
+    if not weight.is_floating_point() or not all_finite(weight):
         raise UserInputError(f"the prompts in {path} are not finite numbers of floating point")
     prompts = add_deep_prompts(model, weight.shape[1])
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nbrunner.errors import UserInputError
+from nbrunner.protocol.tensors import all_finite
 
 
 def check_ids(ids: Any, vocabulary: int, *, name: str = "input_ids") -> torch.Tensor:
@@ -69,7 +70,7 @@ def check_hidden(
             f"{name} have shape {list(hidden.shape)}; [batch, tokens, {width or 'hidden'}] is wanted, "
             "with at least one token"
         )
-    if not bool(torch.isfinite(hidden).all()):
+    if not all_finite(hidden):
         raise UserInputError(f"{name} have NaN or infinity in them; nothing was sent")
     return hidden
 

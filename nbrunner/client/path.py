@@ -14,6 +14,7 @@ from nbrunner.blocks.edits import Edits
 from nbrunner.client.blocks_view import RemoteBlocks
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.messages import EditOp
+from nbrunner.protocol.tensors import all_finite
 
 Entry = int | nn.Module
 """A block, or a module that takes and gives [batch, tokens, ...]."""
@@ -72,7 +73,7 @@ class Insert:
                 f"{name} made {result.dtype} {list(result.shape)} of {hidden.dtype} {list(hidden.shape)}; hidden "
                 "states of the same shape are wanted"
             )
-        if not bool(torch.isfinite(result).all()):
+        if not all_finite(result):
             raise UserInputError(f"{name} gave NaN or infinity")
         return result
 

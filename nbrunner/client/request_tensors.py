@@ -15,14 +15,14 @@ from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, Limits
 from nbrunner.protocol.measure import Measure
 from nbrunner.protocol.messages import EditOp
-from nbrunner.protocol.tensors import pack, take
+from nbrunner.protocol.tensors import all_finite, pack, take
 
 CARRY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:
     """`UserInputError` for NaN and infinity: a server would refuse them, and be right."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise UserInputError(f"{what} have NaN or infinity in them; nothing was sent")
 
 

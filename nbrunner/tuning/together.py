@@ -23,6 +23,7 @@ import torch
 from nbrunner.errors import NBRunnerError, ServerStartError, SessionError, UserInputError
 from nbrunner.hosting import listen_for
 from nbrunner.protocol.credentials import Invite
+from nbrunner.protocol.tensors import all_finite
 from nbrunner.protocol.together import MAX_VALUES, Teaching, TensorShape
 from nbrunner.tuning.together_channel import (
     Account,
@@ -418,7 +419,7 @@ class Together:
         """All parameters as one float32 vector, in the order of their names."""
         parts = [tensor.detach().to("cpu", torch.float32).reshape(-1) for tensor in self._tensors.values()]
         for name, part in zip(self._tensors, parts, strict=True):
-            if not bool(torch.isfinite(part).all()):
+            if not all_finite(part):
                 raise UserInputError(
                     f"{name} has NaN or infinity in it: nothing was sent to the others. Lower the learning rate, "
                     "and start again: the others still have the last average."

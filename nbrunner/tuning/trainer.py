@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState, PartialState
 from nbrunner.blocks.compat import printer_callback
 from nbrunner.client.watch import PassWatch, watching
 from nbrunner.errors import SwarmError, TrainingError
+from nbrunner.protocol.tensors import all_finite
 from nbrunner.tuning.control import StopRun
 from nbrunner.tuning.folder import HISTORY_FILE, LEARNED_FILE, checkpoint_name
 from nbrunner.tuning.randomness import own_random_numbers
@@ -168,7 +169,7 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _check_numbers(self, loss: torch.Tensor) -> None:
         gradients = [one.grad for _, one in self.run.parameters if one.grad is not None]
-        if bool(torch.isfinite(loss).all()) and all(bool(torch.isfinite(one).all()) for one in gradients):
+        if all_finite(loss) and all(all_finite(one) for one in gradients):
             return
         self.model.zero_grad()
         raise TrainingError(
