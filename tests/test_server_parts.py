@@ -321,12 +321,18 @@ def test_a_step_waits_for_those_of_other_sessions_and_for_nobody_if_there_are_no
             await asyncio.sleep(0.02)
             assert not other.done()
             await asyncio.gather(other, step("one"))
+            other = asyncio.create_task(step("two"))
+            await asyncio.sleep(0.02)
+            assert not other.done()
+            thread.session_ended("one")
+            await other
+            await step("two")
 
     try:
         asyncio.run(main())
     finally:
         thread.close()
-    assert passes == [1, 1, 1, 2]
+    assert passes == [1, 1, 1, 2, 1, 1]
 
 
 def test_sessions_come_back_as_long_after_as_they_did_before() -> None:
@@ -342,6 +348,8 @@ def test_sessions_come_back_as_long_after_as_they_did_before() -> None:
     assert returns.latest([], 5.0, 5.5) == pytest.approx(5.13)  # the slow one is not waited for
     assert returns.latest(["quick"], 5.0, 5.5) is None  # it is here
     assert returns.latest([], 5.2, 5.5) is None  # it is late: it may never come
+    returns.forget("slow")  # it has ended
+    assert returns.latest([], 5.0, 100.0) == pytest.approx(5.13)
     assert returns.latest([], 5.0 + 2 * compute.FORGET_SECONDS, 1e9) is None
     assert returns._went == returns._away == {}
 

@@ -25,10 +25,8 @@ GATHER_SECONDS = 0.001
 ACTIVE_SECONDS = 0.25
 """A session counts as active for so long after its last step."""
 
-
 GATHERS_FOR_THOSE_EXPECTED = 6
 """So many times as long it waits for sessions that are known to be back by then."""
-
 
 _REMEMBERED = 4096
 
@@ -52,6 +50,11 @@ class Returns:
             if len(self._away) >= _REMEMBERED:
                 self._away.clear()  # of sessions that have ended, as a rule; it is learned again in two steps
             self._away[session] = away if session not in self._away else 0.7 * self._away[session] + 0.3 * away
+
+    def forget(self, session: str) -> None:
+        """It does not come back."""
+        self._went.pop(session, None)
+        self._away.pop(session, None)
 
     def latest(self, here: Collection[str], now: float, limit: float) -> float | None:
         """When the last of those is back that are away, not late, and due before a limit; None if there is none."""
@@ -177,6 +180,10 @@ class ComputeThread:
         """No step of it is waited for any more."""
         with self._lock:
             self._active.pop(session, None)
+            self._returns.forget(session)
+            waited_for = bool(self._waiting)
+        if waited_for:
+            self._wake.put(True)  # those that it was to be joined with go on without it
 
     def close(self) -> None:
         """Take no more; what waits is cancelled; returns when the thread has ended."""
