@@ -9,10 +9,11 @@ from lab_driver import Lab, LabServer, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.network, pytest.mark.timeout(400)]
 
-LONG = "%%generate -n 900 --min-new-tokens 900 -o {name}\nOnce upon a time"
+LONG = "%%generate -n 900 --min-new-tokens 900 --speculate off -o {name}\nOnce upon a time"
 CELLS = [
     "%load_ext nbrunner",
     "%swarm start --servers 0:4 4:8 4:8 -o swarm",
+    LONG.format(name="shown"),
     LONG.format(name="stopped"),
     "%%generate -n 12 -o out\nThe capital of France is",
     "out",
@@ -25,7 +26,7 @@ CELLS = [
     "%swarm status",
     "%%generate -n x\nhello",
 ]
-STREAMS, CAPITAL, OBJECT, STATUS, CHAIN, CHAT, HISTORY, _, DOCTOR, BROKEN, MISTAKE = range(2, 13)
+SHOWN, STREAMS, CAPITAL, OBJECT, STATUS, CHAIN, CHAT, HISTORY, _, DOCTOR, BROKEN, MISTAKE = range(2, 14)
 STOP = "button:has-text('Stop')"
 RUNS = "index => / tokens · \\d+ tok/.test(document.querySelectorAll('.jp-CodeCell')[index].innerText)"
 """Text comes in a cell: the line below it says how fast."""
@@ -59,9 +60,11 @@ def test_a_notebook_in_a_browser(book):
     lab = book("book.ipynb", CELLS)
     lab.run_all()
 
-    stop = lab.page.wait_for_selector(STOP, timeout=120_000)
-    lab.page.wait_for_function(RUNS, arg=STREAMS)
+    lab.page.wait_for_selector(STOP, timeout=120_000)
+    lab.page.wait_for_function(RUNS, arg=SHOWN)
     lab.screens("generate-streams")
+    lab.page.wait_for_function(RUNS, arg=STREAMS)
+    stop = lab.page.wait_for_selector(STOP)
     assert stop.get_attribute("title")
     stop.click()
     lab.page.wait_for_selector("text=stopped after", timeout=10_000)
@@ -90,6 +93,7 @@ def test_a_notebook_in_a_browser(book):
     assert lab.errors == []
 
     def look(page):
+        page.set_viewport_size({"width": 1200, "height": 2400})  # JupyterLab draws what is in sight
         page.wait_for_selector("text=stopped after", timeout=30_000)
         words = page.inner_text("body")
         assert "Paris" in words

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from wire_messages import any_message
 
 from nbrunner.errors import BadPeerDataError
+from nbrunner.protocol.finite import all_finite
 from nbrunner.protocol.frames import (
     ITEM_BYTES,
     PREFIX,
@@ -22,7 +23,7 @@ from nbrunner.protocol.frames import (
 )
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES
 from nbrunner.protocol.messages import AnyMessage, Ping
-from nbrunner.protocol.tensors import DTYPES, all_finite, check_shape, pack, take, unpack
+from nbrunner.protocol.tensors import DTYPES, check_shape, pack, take, unpack
 
 PEER = "12D3KooW" + "x" * 44
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nbrunner.protocol.tensors import all_finite
+from nbrunner.protocol.finite import all_finite
 
 from ..errors import BadPeerDataError, UserInputError
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nbrunner.protocol.tensors import all_finite
+from nbrunner.protocol.finite import all_finite
 
 from ..errors import UserInputError
 from .adapters import BlockAdapter

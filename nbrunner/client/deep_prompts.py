@@ -17,7 +17,7 @@ from torch import nn
 
 from nbrunner.client.remote import RemoteLayers
 from nbrunner.errors import UserInputError
-from nbrunner.protocol.tensors import all_finite
+from nbrunner.protocol.finite import all_finite
 
 FILE = "deep_prompts.safetensors"
 _KEY = "weight"

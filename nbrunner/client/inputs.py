@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nbrunner.errors import UserInputError
-from nbrunner.protocol.tensors import all_finite
+from nbrunner.protocol.finite import all_finite
 
 
 def check_ids(ids: Any, vocabulary: int, *, name: str = "input_ids") -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from nbrunner.errors import BadPeerDataError
+from nbrunner.protocol.finite import all_finite
 from nbrunner.protocol.frames import RawTensor, TensorSpec
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -125,18 +125,6 @@ def _finite(name: str, tensor: torch.Tensor, wanted: bool) -> torch.Tensor:
     if wanted and not all_finite(tensor):
         raise BadPeerDataError(f"tensor {name!r} has NaN or infinity in it")
     return tensor
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is no NaN and no infinity in a tensor.
-
-    By its smallest and largest number, which are NaN if any is: one pass, and a fourth to a seventeenth of the time
-    of ``isfinite(tensor).all()`` (9 to 2 µs for 256 float32, 3.2 to 0.4 ms for a million).
-    """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor.detach())
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def check_shape(name: str, actual: Sequence[int], wanted: Sequence[int | None]) -> None:

@@ -170,7 +170,9 @@ async def start_p2p(
         key.unlink()
         from hivemind.utils.multiaddr import Multiaddr
 
-        daemon.p2p = await p2p_class.replicate(Multiaddr(f"/unix{daemon.socket}"))
+        # hivemind's own socket would lie open in /tmp, and stay there when we are killed: it goes into our folder
+        ours: Any = type("P2P", (p2p_class,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
+        daemon.p2p = await ours.replicate(Multiaddr(f"/unix{daemon.socket}"))
     except BaseException:
         if daemon is not None:
             await daemon.close()
@@ -292,7 +294,7 @@ def _guarded(arguments: list[str]) -> list[str]:
 def _socket_root() -> str:
     """Where a socket's path stays under the 108 bytes that Unix allows, whatever TMPDIR says."""
     root = tempfile.gettempdir()
-    return root if len(root) <= 60 else "/tmp"  # noqa: S108 - mkdtemp makes a private directory in it
+    return root if len(root) <= 48 else "/tmp"  # noqa: S108 - mkdtemp makes a private directory in it
 
 
 def _remove_stale_folders() -> None:

@@ -23,7 +23,7 @@ import torch
 from nbrunner.errors import NBRunnerError, ServerStartError, SessionError, UserInputError
 from nbrunner.hosting import listen_for
 from nbrunner.protocol.credentials import Invite
-from nbrunner.protocol.tensors import all_finite
+from nbrunner.protocol.finite import all_finite
 from nbrunner.protocol.together import MAX_VALUES, Teaching, TensorShape
 from nbrunner.tuning.together_channel import (
     Account,

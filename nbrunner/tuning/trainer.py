@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, PartialState
 from nbrunner.blocks.compat import printer_callback
 from nbrunner.client.watch import PassWatch, watching
 from nbrunner.errors import SwarmError, TrainingError
-from nbrunner.protocol.tensors import all_finite
+from nbrunner.protocol.finite import all_finite
 from nbrunner.tuning.control import StopRun
 from nbrunner.tuning.folder import HISTORY_FILE, LEARNED_FILE, checkpoint_name
 from nbrunner.tuning.randomness import own_random_numbers
