@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +69,25 @@ def test_nothing_is_moved_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("plenty")
 def test_small_modules_stay() -> None:
     assert onto_huge_pages(nn.Linear(8, 8)) == 0
+
+
+@pytest.mark.usefixtures("plenty")
+def test_the_kernel_is_asked_for_private_huge_pages() -> None:
+    """Shared memory, as `mmap` makes it by default, gets none unless the machine's owner has said so."""
+    module = Tied()
+    onto_huge_pages(module)
+    flags = _flags_of_mapping(module.a.weight.data_ptr())
+    assert "hg" in flags
+    assert "sh" not in flags
+
+
+def _flags_of_mapping(address: int) -> list[str]:
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(one, 16) for one in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return rest.split()
+    return []

@@ -48,7 +48,8 @@ def onto_huge_pages(module: nn.Module) -> int:
     if total < _LEAST_BYTES or not _available() or 3 * total > _free_bytes():
         return 0
     length = -(-total // _HUGE) * _HUGE
-    arena = mmap.mmap(-1, length + _HUGE)
+    # private: where shared memory gets huge pages is another setting of the kernel, and off as a rule
+    arena = mmap.mmap(-1, length + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(arena))
     offset = -address % _HUGE
     advise = ctypes.CDLL(None, use_errno=True).madvise
