@@ -30,10 +30,11 @@ REASONS = {
     "fairness": "The steps of both peers run in one pass, and one of nine rows takes twice as long as one of a "
     "single row (122 ms and 58 on one core in float32). Serving the peers in turn would take most of the speed of "
     "the eight and give next to nothing to the one.",
-    "hop": "A step of `tiny8` is all overhead. Half of what a hop adds is not the way between processes: four of "
-    "its blocks take 1.8 ms of processor time in a loop, and 2.2 to 2.5 ms in a server that has slept "
-    "since the last step, whose caches have gone cold. With all servers on one core the added time is 0.3 "
-    "ms less.",
+    "decode": "A step of `mid` reads 800 MB of weights and is bound by the memory of a machine that others use "
+    "too: the same version gave 0.94 on one day and 0.88 on another.",
+    "hop": "A step of `tiny8` is all overhead. Where there is one server, all that a client does for a step counts "
+    "for it: 0.5 ms of processor time. The rest is the server's: to take a part, check it and pass it on, with "
+    "caches that have gone cold since the last step.",
     "train": "Servers of 8 blocks each work on groups of 64 tokens, at which a product of float32 matrices runs at "
     "0.72 of its speed at 256; and the head with its loss, a sixth of a step, is the client's, while both wait. "
     "From the two follows 1.19 for this batch, whatever the rest costs. Servers that both have all 16 blocks take "
