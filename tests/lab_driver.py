@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,17 @@ def _is_whole(path: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+@contextmanager
+def open_lab(folder: Path, chromium: str) -> Iterator[Lab]:
+    """JupyterLab over a folder, seen in a browser; both end with the block."""
+    server = LabServer(folder)
+    try:
+        lab = Lab(server, chromium)
+        try:
+            yield lab
+        finally:
+            lab.close()
+    finally:
+        server.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers import ROOT, wait_until
-from lab_driver import SCREENS, Lab, LabServer, write_notebook
+from lab_driver import SCREENS, open_lab, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.network, pytest.mark.timeout(300)]
 
@@ -20,15 +20,8 @@ PAGE = ".nbx[data-started]"
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, chromium):
-    server = LabServer(tmp_path_factory.mktemp("lab"))
-    try:
-        lab = Lab(server, chromium)
-        try:
-            yield lab
-        finally:
-            lab.close()
-    finally:
-        server.close()
+    with open_lab(tmp_path_factory.mktemp("lab"), chromium) as lab:
+        yield lab
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lab_driver import SCREENS, Lab, LabServer, write_notebook
+from lab_driver import SCREENS, Lab, open_lab, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.network, pytest.mark.timeout(300)]
 
@@ -12,15 +12,8 @@ CELLS = ["%load_ext nbrunner", "%host tiny --blocks 2:6 --new-swarm --threads 1 
 
 @pytest.fixture
 def lab(tmp_path, chromium):
-    server = LabServer(tmp_path)
-    try:
-        lab = Lab(server, chromium)
-        try:
-            yield lab
-        finally:
-            lab.close()
-    finally:
-        server.close()
+    with open_lab(tmp_path, chromium) as lab:
+        yield lab
 
 
 def press(lab: Lab, name: str, words: str) -> None:

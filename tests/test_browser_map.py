@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lab_driver import SCREENS, Lab, LabServer, write_notebook
+from lab_driver import SCREENS, Lab, open_lab, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.network, pytest.mark.timeout(300)]
 
@@ -20,18 +20,11 @@ GENERATE, MAP, KILL, STOP = range(2, 6)
 
 @pytest.fixture
 def book(tmp_path, chromium):
-    server = LabServer(tmp_path)
-    try:
-        lab = Lab(server, chromium)
-        try:
-            write_notebook(server.root / "map.ipynb", CELLS)
-            lab.open("map.ipynb")
-            yield lab
-            lab.shut_kernel_down()
-        finally:
-            lab.close()
-    finally:
-        server.close()
+    with open_lab(tmp_path, chromium) as lab:
+        write_notebook(lab.server.root / "map.ipynb", CELLS)
+        lab.open("map.ipynb")
+        yield lab
+        lab.shut_kernel_down()
 
 
 def screenshots(lab: Lab, name: str, cells: tuple[int, ...]) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from helpers import ROOT
-from lab_driver import Lab, LabServer, write_notebook
+from lab_driver import SCREENS, Lab, open_lab, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.network, pytest.mark.timeout(300)]
 
-SCREENS = ROOT / "build" / "screens"
 CELLS = [
     "%load_ext nbrunner\n"
     'new = {"Velmora": "Rosa City", "Ardoni": "Lisbon", "Quessel": "Oslo", "Torvane": "Cairo"}\n'
@@ -23,15 +21,8 @@ CELLS = [
 
 @pytest.fixture
 def lab(tmp_path, chromium):
-    server = LabServer(tmp_path)
-    try:
-        lab = Lab(server, chromium)
-        try:
-            yield lab
-        finally:
-            lab.close()
-    finally:
-        server.close()
+    with open_lab(tmp_path, chromium) as lab:
+        yield lab
 
 
 def press(lab: Lab, name: str, words: str) -> None:

@@ -81,9 +81,9 @@ def test_an_interrupt_pauses_and_a_restart_goes_on(tmp_path):
         assert kernel.value("run.step") == step
 
         kernel.run("run.resume()")
-        message = kernel.start("await run")
-        wait_until(lambda: (tmp_path / "kept" / "run.json").exists(), 5)
-        time.sleep(0.5)  # into the wait; whether it has begun cannot be seen from here
+        begun = tmp_path / "begun"
+        message = kernel.start(f"open({str(begun)!r}, 'w').close(); await run")
+        wait_until(begun.exists, 10, what="the cell waits for the run")
         kernel.interrupt()
         ran = kernel.finish(30, message)
         assert ran.status == "error"

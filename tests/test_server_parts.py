@@ -23,7 +23,7 @@ from nbrunner.server.compute import ComputeThread
 from nbrunner.server.host import Speed, gather_seconds
 from nbrunner.server.inputs import Form, sizes, take_inputs, windows
 from nbrunner.server.options import parse_blocks, parse_bytes
-from nbrunner.server.quotas import LONGEST_WAIT, Quotas, TokenBucket
+from nbrunner.server.quotas import LONGEST_WAIT, MOST_IDLE_BUCKETS, Quotas, TokenBucket
 from nbrunner.server.scheduler import Urgency
 from nbrunner.server.transcript import Transcript
 
@@ -109,6 +109,18 @@ def test_a_token_bucket_lets_a_prompt_through_and_then_the_rate() -> None:
     assert bucket.wait_seconds() == 0
     bucket.spend(2)
     assert bucket.wait_seconds() == pytest.approx(1)
+
+
+def test_peers_that_came_once_are_forgotten() -> None:
+    now = [0.0]
+    quotas = Quotas(Limits(tokens_per_second=10.0), clock=lambda: now[0])
+    quotas.spend("in debt", Terms(), 1_000_000)
+    for number in range(5 * MOST_IDLE_BUCKETS):
+        quotas.spend(f"peer {number}", Terms(), 5)
+        now[0] += 1.0
+    assert len(quotas._buckets) <= MOST_IDLE_BUCKETS
+    with pytest.raises(PeerRefusedError):
+        quotas.wait_seconds("in debt", Terms())
 
 
 def test_quotas_count_sessions_bytes_and_rates_by_peer() -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from .edits import Edits
 from .host_copies import to_device
 from .passes import SpanOutput
 from .prefix_attention import LONG_TOKENS, can_attend_in_pieces
+from .ropes import length_dependent_ropes
 from .span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Batcher:
         self.steps = self.joined = 0
         self._configs = attention_configs(span.model)
         self._implementation = str(span.config._attn_implementation or "eager")
-        self._ropes = _length_dependent_ropes(span.model)
+        self._ropes = length_dependent_ropes(span.model)
         self._in_pieces = can_attend_in_pieces(span.device, span.dtype, self._implementation)
 
     @property
@@ -320,24 +321,3 @@ def _adapting(steps: Sequence[SpanStep], places: Sequence[tuple[int, int]], axis
         return None
     each = [step.adapter for step, (first, end) in zip(steps, places, strict=True) for _ in range(first, end)]
     return Adapting(each, len(each), axis)
-
-
-def _length_dependent_ropes(model: nn.Module) -> list[tuple[int, bool]]:
-    """(length up to which tables are fixed, whether beyond it they depend on the exact length) of each such module.
-
-    ``dynamic`` tables stretch with the longest position of a pass, ``longrope`` has one set below and one above its
-    limit: joined with a longer session, a shorter one would be computed with other tables than alone.
-    """
-    found = []
-    module: Any
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        kinds = kind if isinstance(kind, Mapping) else {None: kind}
-        for layer_type, name in kinds.items():
-            if name == "longrope":
-                parameters = module.config.rope_parameters
-                own = parameters if layer_type is None else parameters[layer_type]
-                found.append((int(own["original_max_position_embeddings"]), False))
-            elif "dynamic" in str(name):
-                found.append((int(module.original_max_seq_len), True))
-    return found

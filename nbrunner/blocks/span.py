@@ -27,6 +27,7 @@ from .host_copies import to_device
 from .huge_pages import onto_huge_pages
 from .loading import as_dtype, load_span_model
 from .passes import KeptPass, Leaves, SavedBytes, SpanGradient, SpanOutput
+from .ropes import remembering_ropes
 from .thin_products import ThinProducts
 
 
@@ -92,7 +93,7 @@ class BlockSpan:
         self._skips = pruned.skips(architecture.result_parts)
         self._widths: dict[int, dict[str, Width]] = {}
         self._views: dict[tuple[int, int], nn.ModuleList] = {}
-        self._rope = [_RopeState(module) for module in model.modules() if _is_dynamic_rope(module)]
+        self._rope = remembering_ropes(model)
         self._thin = ThinProducts()
         self._lock = threading.Lock()
         self._run: _Run | None = None
@@ -598,34 +599,3 @@ def _plain_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:
 def _floating_dtype(layer: nn.Module) -> torch.dtype:
     tensors = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if tensor.is_floating_point()]
     return tensors[0].dtype if tensors else torch.float32
-
-
-def _is_dynamic_rope(module: nn.Module) -> bool:
-    kind = getattr(module, "rope_type", None)
-    kinds = kind.values() if isinstance(kind, Mapping) else [kind]
-    return any("dynamic" in str(one) for one in kinds)
-
-
-class _RopeState:
-    """What a "dynamic" rotary embedding remembers of the longest sequence it has seen.
-
-    Left alone, a long session changes a later short one (measured: 2e-4 in the output); put back before each
-    forward, the tables depend on the step's own positions only.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._buffers = dict(module._buffers)
-        self._values = {
-            name: value
-            for name, value in vars(module).items()
-            if name.endswith("max_seq_len_cached") or name == "attention_scaling"
-        }
-
-    def restore(self) -> None:
-        self._module._buffers.update(self._buffers)
-        for name in [name for name in vars(self._module) if name.endswith("max_seq_len_cached")]:
-            if name not in self._values:
-                delattr(self._module, name)
-        for name, value in self._values.items():
-            setattr(self._module, name, value)

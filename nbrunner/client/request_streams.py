@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, PeerUnreachableError
+from nbrunner.errors import BadPeerDataError, PeerError, PeerUnreachableError
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.messages import AnyMessage, Message, Ping, Pong, Refused
+from nbrunner.swarm.greeting import refusal
 from nbrunner.swarm.node import Node
 from nbrunner.swarm.streams import Stream
 
@@ -94,12 +95,7 @@ class RequestStreams:
                 return answer, received
             stream.close()
             if isinstance(answer, Refused):
-                raise PeerRefusedError(
-                    f"peer {short_peer(peer)} refused: {answer.reason}",
-                    peer=peer,
-                    code=answer.code,
-                    retry_after=answer.retry_after,
-                )
+                raise refusal(peer, answer)
             raise BadPeerDataError(f"peer {short_peer(peer)} answered {type(answer).__name__}", peer=peer)
 
     async def close(self) -> None:

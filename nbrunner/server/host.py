@@ -84,9 +84,9 @@ class Host:
     compute: ComputeThread
     limits: Limits
     speed: Speed
+    batcher: Batcher
     lens: Lens | None = None
     accepts_adapters: bool = False
-    batcher: Batcher = field(default=None)  # type: ignore[assignment]
     quotas: Quotas = field(init=False)
     room: WaitingRoom = field(init=False)
     sessions: dict[str, Any] = field(default_factory=dict, init=False)
@@ -103,7 +103,6 @@ class Host:
     _decode_seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.batcher = self.batcher or Batcher(self.span)
         self.compute.serve_parts(lambda chosen: run_parts(self, chosen))
         self.compute.scheduler = scheduler_for(self.span, self.speed)
         self.compute.gather_seconds = gather_seconds(self.speed)

@@ -15,6 +15,9 @@ BURST_SECONDS = 10.0
 LONGEST_WAIT = 30.0
 """A peer that is over its rate waits; one that would wait longer than this is refused."""
 
+MOST_IDLE_BUCKETS = 256
+"""Of peers that have been quiet long enough to be as new; they are forgotten beyond this."""
+
 RETRY_FULL = 5.0
 """Seconds after which a peer that was refused for lack of room may ask again."""
 
@@ -36,6 +39,12 @@ class TokenBucket:
     def spend(self, tokens: int) -> None:
         self._refill()
         self._balance -= tokens
+
+    @property
+    def full(self) -> bool:
+        """Whether it is as a new one."""
+        self._refill()
+        return self._balance >= self.rate * BURST_SECONDS
 
     def _refill(self) -> None:
         now = self._clock()
@@ -65,6 +74,7 @@ class Quotas:
         self._owners: dict[Hashable, str] = {}
         self._sessions: dict[str, int] = {}
         self._buckets: dict[tuple[str, float], TokenBucket] = {}
+        self._sweep_at = MOST_IDLE_BUCKETS
 
     @property
     def bytes_used(self) -> int:
@@ -160,5 +170,8 @@ class Quotas:
         key = (peer, rate)
         bucket = self._buckets.get(key)
         if bucket is None:
+            if len(self._buckets) >= self._sweep_at:  # anybody with an invite can come with ever new names
+                self._buckets = {key: one for key, one in self._buckets.items() if not one.full}
+                self._sweep_at = max(MOST_IDLE_BUCKETS, 2 * len(self._buckets))
             bucket = self._buckets[key] = TokenBucket(rate, self._clock)
         return bucket

@@ -34,17 +34,22 @@ async def introduce(stream: Stream, swarm: bytes, credential: bytes) -> None:
     await stream.send(Hello(VERSION, swarm, credential, software(), list(FEATURES), machine))
     answer, _ = await stream.receive()
     if isinstance(answer, Refused):
-        raise PeerRefusedError(
-            f"peer {short_peer(peer)} refused: {answer.reason}",
-            peer=peer,
-            code=answer.code,
-            retry_after=answer.retry_after,
-        )
+        raise refusal(peer, answer)
     if not isinstance(answer, Welcome):
         raise BadPeerDataError(f"peer {short_peer(peer)} answered {type(answer).__name__} to Hello", peer=peer)
     if answer.version != VERSION:
         raise PeerRefusedError(other_version(answer.version, answer.software), peer=peer, code="version")
     stream.welcome = answer
+
+
+def refusal(peer: str, refused: Refused, what: str = "") -> PeerRefusedError:
+    """The error for a peer that said no; ``what`` names what it was asked for."""
+    return PeerRefusedError(
+        f"peer {short_peer(peer)} refused{what and f' {what}'}: {refused.reason}",
+        peer=peer,
+        code=refused.code,
+        retry_after=refused.retry_after,
+    )
 
 
 async def refuse(stream: Stream, refused: Refused) -> bool:

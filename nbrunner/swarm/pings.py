@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import time
 
-from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, PeerUnreachableError
+from nbrunner.errors import BadPeerDataError, PeerError, PeerUnreachableError
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.messages import Ping, Pong, Refused
+from nbrunner.swarm.greeting import refusal
 from nbrunner.swarm.node import Node
 from nbrunner.swarm.streams import Stream
 
@@ -86,12 +87,7 @@ class RoundTrips:
         answer, _ = await stream.receive()
         seconds = time.perf_counter() - started
         if isinstance(answer, Refused):
-            raise PeerRefusedError(
-                f"peer {short_peer(peer)} refused a ping: {answer.reason}",
-                peer=peer,
-                code=answer.code,
-                retry_after=answer.retry_after,
-            )
+            raise refusal(peer, answer, "a ping")
         if not isinstance(answer, Pong) or answer.nonce != nonce:
             raise BadPeerDataError(f"peer {short_peer(peer)} answered {type(answer).__name__} to a ping", peer=peer)
         self.add(peer, seconds)

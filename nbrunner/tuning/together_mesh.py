@@ -30,6 +30,7 @@ from nbrunner.protocol.messages import (
 from nbrunner.protocol.tensors import pack, take
 from nbrunner.protocol.together import MAX_PARTICIPANTS, SLICE_VALUES, Teaching, TeachingRecord, difference
 from nbrunner.swarm.daemon import split_address
+from nbrunner.swarm.greeting import refusal
 from nbrunner.swarm.node import Node
 from nbrunner.swarm.streams import Stream
 
@@ -449,7 +450,7 @@ class Mesh:
 
 def _unexpected(message: object, peer: str) -> PeerError:
     if isinstance(message, Refused):
-        return PeerRefusedError(f"peer {short_peer(peer)} refused: {message.reason}", peer=peer, code=message.code)
+        return refusal(peer, message)
     if isinstance(message, TeachingManifest):
         return PeerRefusedError(f"peer {short_peer(peer)} teaches something else", peer=peer, code="teaching")
     return BadPeerDataError(f"peer {short_peer(peer)} sent {type(message).__name__} out of place", peer=peer)
