@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Inherited by every process that a test starts, so that one whose parent was killed is still found.
 RUN_MARK = "NBRUNNER_TEST_RUN"
 
-#: Where daemons and local swarms put their sockets; hivemind's own are in /tmp whatever TMPDIR says.
+#: Where daemons and local swarms put their sockets; hivemind's own would be in /tmp whatever TMPDIR says.
 SOCKETS = ((Path("/tmp"), "hivemind-*.sock"), (Path(tempfile.gettempdir()), "nbrunner-*"))
 
 
@@ -55,6 +56,18 @@ def find_chromium() -> str | None:
     answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
     path = answer.stdout.strip()
     return path if path and Path(path).exists() else None
+
+
+def at_once(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """What the jobs return, each in a thread of its own and begun together."""
+    ready = threading.Barrier(len(jobs))
+
+    def run(job: Callable[[], T]) -> T:
+        ready.wait()
+        return job()
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(run, jobs))
 
 
 def mark_this_run() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from client_models import GREEDY, left_padded, prompt, save_plain, without_end
+from helpers import at_once
 from inprocess_swarm import InProcessSwarm
 
 import nbrunner
@@ -47,18 +48,7 @@ def test_sessions_at_once_give_the_tokens_of_each_alone(swarm: Any) -> None:
         lambda m: m.generate(prompt(1, seed=7), prefill_chunk_size=4, **GREEDY),
     ]
     expected = [way(plain) for way in ways]
-    found: list[Any] = [None] * len(ways)
-    ready = threading.Barrier(len(ways))
-
-    def run(index: int) -> None:
-        ready.wait()
-        found[index] = ways[index](model)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(ways))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = at_once([partial(way, model) for way in ways])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
     for server in servers.servers:

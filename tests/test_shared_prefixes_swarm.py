@@ -6,12 +6,13 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from client_models import GREEDY, left_padded, prompt, save_plain, without_end
-from helpers import wait_until
+from helpers import at_once, wait_until
 from inprocess_swarm import InProcessSwarm
 
 import nbrunner
@@ -121,19 +122,8 @@ def test_sessions_that_start_together_compute_it_once_and_run_together(swarm: An
         lambda m: m.generate(torch.cat([text(8), text(9)]), attention_mask=mask, **GREEDY),
     ]
     expected = [way(plain) for way in ways]
-    found: list[Any] = [None] * len(ways)
-    ready = threading.Barrier(len(ways))
-
-    def run(index: int) -> None:
-        ready.wait()
-        found[index] = ways[index](model)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(ways))]
     with computed(servers) as tokens:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        found = at_once([partial(way, model) for way in ways])
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(ours, theirs), number
     # the prompt once for seven of them, and the two padded rows, whose mask nobody else has
