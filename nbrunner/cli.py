@@ -122,7 +122,12 @@ def serve(
     announce: AnnounceOption = None,
     name: NameOption = "",
     identity: IdentityOption = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="Torch threads; 0: one per core.")] = 0,
+    threads: Annotated[
+        int,
+        typer.Option(
+            "--threads", min=0, help="Torch threads; 0: this machine's cores, shared with your other servers on it."
+        ),
+    ] = 0,
     cache_memory: Annotated[
         str | None,
         typer.Option("--cache-memory", help="For caches, as in 4GB. Default: half of what is free after loading."),

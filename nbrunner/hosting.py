@@ -88,7 +88,7 @@ def serve(
     name
         Shown to others in tables.
     threads
-        Of torch; 0: one per core.
+        Of torch; 0: the cores of this machine, shared equally with your other servers on it.
     listen
         Multiaddresses; by default any free port, of this machine only if all of the swarm is on this machine.
     drain_seconds

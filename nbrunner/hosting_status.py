@@ -32,6 +32,8 @@ class HostStatus:
         The same per second, over the last five.
     step_seconds, queue_seconds
         One token through its blocks; how long the last ones waited before.
+    threads
+        Of torch, as of now.
     cache_bytes, cache_limit
         Of the caches of sessions.
     memory_bytes, device_bytes
@@ -54,6 +56,7 @@ class HostStatus:
     rate_out: float = 0.0
     step_seconds: float = 0.0
     queue_seconds: float = 0.0
+    threads: int = 0
     cache_bytes: int = 0
     cache_limit: int = 0
     memory_bytes: int = 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nbrunner.child import START_SECONDS, LocalServer, Spawner, serve_command, start_server
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.credentials import SwarmKey
-from nbrunner.server.options import PARENTS_FOLDER, check_model_path, check_quantize, parse_blocks
+from nbrunner.server.options import PARENTS_FOLDER, PARENTS_PREFIX, check_model_path, check_quantize, parse_blocks
 
 if TYPE_CHECKING:
     from nbrunner.local_threads import ThreadServer
@@ -42,7 +42,8 @@ class LocalSwarm:
     servers
         How many, to share the blocks evenly; or the blocks of each, as in ``["0:3", "3:8", "3:8"]``.
     threads
-        Torch threads of each server. They share this machine, so one is right unless there are many cores.
+        Torch threads of each server. They share this machine, so one is right unless there are many cores; 0 shares
+        all of them.
     dtype, device, quantize, cache_bytes
         As for ``nbrunner serve``; None leaves its default.
     lens
@@ -119,7 +120,7 @@ class LocalSwarm:
         self._key = SwarmKey()
         self._closed = False
         self._lock = threading.RLock()
-        self._folder = tempfile.TemporaryDirectory(prefix="nbrunner-local-", ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(prefix=PARENTS_PREFIX, ignore_cleanup_errors=True)
         self._spawner = Spawner()
         if in_process:
             from nbrunner.swarm.loop import EngineLoop

@@ -41,6 +41,7 @@ class InProcessSwarm:
         limits: Limits = ROOMY,
         dtype: str = "float32",
         lens: bool = False,
+        threads: int = 1,
         **options: Any,
     ) -> BlockServer:
         """A server that is online when this returns."""
@@ -51,7 +52,7 @@ class InProcessSwarm:
             swarm_key=self.key if self._first is None else None,
             device="cpu",
             dtype=dtype,
-            threads=1,
+            threads=threads,
             limits=limits,
             lens=lens,
             **options,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,8 +104,7 @@ class Host:
 
     def __post_init__(self) -> None:
         self.compute.serve_parts(lambda chosen: run_parts(self, chosen))
-        self.compute.scheduler = scheduler_for(self.span, self.speed)
-        self.compute.gather_seconds = gather_seconds(self.speed)
+        self._schedule()
         self.frozen = FrozenBytes()
         self.quotas = Quotas(self.limits, more=self.frozen.nbytes)
         self.room = WaitingRoom(self.quotas, self.limits, lambda: self.sessions.values())
@@ -143,6 +142,18 @@ class Host:
     def step_is_brief(self) -> bool:
         """Whether a decode step may be run in the event loop itself (see `BRIEF_SECONDS`)."""
         return self.span.device.type == "cpu" and self.step_seconds < BRIEF_SECONDS
+
+    def take_speed(self, step_seconds: float, prefill_tokens_per_second: float) -> None:
+        """Forget how fast the span was: it has been measured again."""
+        self._decode_seconds = 0.0
+        self.speed = replace(
+            self.speed, step_seconds=step_seconds, prefill_tokens_per_second=prefill_tokens_per_second
+        )
+        self._schedule()
+
+    def _schedule(self) -> None:
+        self.compute.scheduler = scheduler_for(self.span, self.speed)
+        self.compute.gather_seconds = gather_seconds(self.speed)
 
     def note_step(self, row_tokens: int, done: Done[None]) -> None:
         """Learn from a finished part."""

@@ -23,6 +23,9 @@ CACHE_SHARE = 0.5
 
 MOST_CACHE_BYTES = 1 << 50
 
+_WORTH_A_WORD = 10**9
+"""Bytes of blocks from which on halving them is worth a word."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -45,6 +48,25 @@ def choose_placement(checkpoint: Checkpoint, device: str, dtype: str, quantize: 
         else:
             chosen = torch.bfloat16
     return Placement(chosen_device, chosen, quantize)
+
+
+def dtype_hint(asked: str, placement: Placement, nbytes: int) -> str | None:
+    """A word to whoever serves large blocks on a CPU in float32 without having asked for it.
+
+    Parameters
+    ----------
+    asked
+        The dtype as it was given to `choose_placement`.
+    nbytes
+        Of the blocks as they were loaded.
+    """
+    by_itself = asked == "auto" and placement.dtype is torch.float32 and placement.device.type == "cpu"
+    if not by_itself or placement.quantize != "none" or nbytes < _WORTH_A_WORD:
+        return None
+    return (
+        f"these blocks take {nbytes / 1e9:.1f} GB, in float32 as the model was saved; --dtype bfloat16, on all "
+        "servers of the model, takes half of that and rounds more"
+    )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -18,6 +18,9 @@ DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 PARENTS_FOLDER = "NBRUNNER_PARENTS_FOLDER"
 """Environment variable: a folder that the process that started this server made for its servers alone."""
 
+PARENTS_PREFIX = "nbrunner-local-"
+"""Of the names of such folders."""
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -42,7 +45,7 @@ class ServerOptions:
     quantize
         How the weights of linear layers are kept: ``none``, ``int8``, ``int4``, ``nf4`` (GPUs).
     threads
-        Of torch, 0 leaves its default.
+        Of torch; 0: a fair share of the cores, as other servers of this user come and go on this machine.
     cache_bytes
         For caches of sessions; None takes half of the memory that is free once the blocks are loaded.
     lens

@@ -171,6 +171,7 @@ def facts_of(server: BlockServer) -> dict[str, object]:
         "addresses": server.node.addresses,
         "dtype": str(server.host.span.dtype).removeprefix("torch."),
         "device": str(server.host.span.device),
+        "threads": server.threads,
     }
 
 

@@ -34,11 +34,13 @@ from nbrunner.server.load import (
     blocks_that_fit,
     check_blocks,
     choose_placement,
+    dtype_hint,
     free_bytes,
     session_tokens,
 )
 from nbrunner.server.options import ServerOptions
 from nbrunner.server.scheduler import Urgency
+from nbrunner.server.threads import Threads
 from nbrunner.swarm.daemon import split_address
 from nbrunner.swarm.directory import Directory
 from nbrunner.swarm.node import Node
@@ -107,7 +109,9 @@ class BlockServer:
         self._handler: Handler | None = None
         self._announcer: Announcer | None = None
         self._directory: Directory | None = None
-        self._compute = ComputeThread(initialize=self._set_threads)
+        self._threads = Threads(options.threads)
+        self._following: asyncio.Task[None] | None = None
+        self._compute = ComputeThread(initialize=self._threads.apply)
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -131,6 +135,11 @@ class BlockServer:
     def sessions(self) -> int:
         """Open now."""
         return len(self._handler.sessions) if self._handler else 0
+
+    @property
+    def threads(self) -> int:
+        """Of torch, in each thread that computes."""
+        return self._threads.count
 
     def make_invite(self, role: Role = "use") -> Invite | None:
         """An invite that names this server as the way in; None unless this is the swarm's creator."""
@@ -163,7 +172,7 @@ class BlockServer:
                 loaded = await self._in_thread(
                     lambda: _load_span(checkpoint, placement, blocks, lens=self.options.lens)
                 )
-            self._set_threads()  # here too: brief steps run in this thread
+            self._threads.apply()  # here too: brief steps run in this thread
             await self._serve(checkpoint, placement, loaded)
         except BaseException:
             for task in (loading, joining):
@@ -220,6 +229,7 @@ class BlockServer:
                     raise
                 else:
                     await asyncio.sleep(0.5)
+        self._threads.take_seat(self._node.folder)
         if self._node.terms.role != "host":
             raise UserInputError(
                 "this invite lets you use the swarm, not host blocks: ask its creator for one with role 'host'"
@@ -255,6 +265,8 @@ class BlockServer:
             accepts_adapters=self.options.accept_adapters,
             batcher=batcher,
         )
+        if hint := dtype_hint(self.options.dtype, placement, span.nbytes):
+            logger.info("%s", hint)
         for name, blocks in await self._in_thread(lambda: _load_adapters(self.options, checkpoint, span, limits)):
             logger.info("serving adapter %s", self._host.served.begin_with(name, blocks))
         base = ServerRecord(
@@ -281,6 +293,7 @@ class BlockServer:
             logger.warning("no node of the swarm took our record yet; trying again")
         self._announcer.start()
         await self._directory.start()
+        self._following = asyncio.create_task(self._threads.follow(self._compute, self._host), name="threads")
 
     def _limits(self, checkpoint: Checkpoint, placement: Placement, span: BlockSpan) -> Limits:
         limits, options = self.options.limits, self.options
@@ -347,6 +360,11 @@ class BlockServer:
 
     async def close(self) -> None:
         """Leave now. Sessions here are lost to their clients, which rebuild them elsewhere."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+            self._following = None
+        self._threads.close()
         if self._announcer is not None:
             await self._announcer.close()
             if self._node is not None and not self._node.closed and self._announcer.state != "joining":
@@ -369,10 +387,6 @@ class BlockServer:
         """Run in the compute thread: torch's per-thread settings and the first touch of weights belong there."""
         return (await self._compute.submit(function, Urgency.STATELESS)).value
 
-    def _set_threads(self) -> None:
-        if self.options.threads:
-            torch.set_num_threads(self.options.threads)
-
 
 def _load_span(checkpoint: Checkpoint, placement: Placement, blocks: tuple[int, int], *, lens: bool) -> _Loaded:
     began = time.perf_counter()
@@ -383,13 +397,14 @@ def _load_span(checkpoint: Checkpoint, placement: Placement, blocks: tuple[int, 
     speed = measure(span)
     batcher = Batcher(span, choose_joining(span))
     logger.info(
-        "loaded blocks [%d, %d) as %s%s on %s in %.1f s; %.1f ms per token, %.0f tokens/s in prompts; "
+        "loaded blocks [%d, %d) as %s%s on %s in %.1f s; threads: %d; %.1f ms per token, %.0f tokens/s in prompts; "
         "steps of several sessions: %s",
         *blocks,
         str(span.dtype).removeprefix("torch."),
         "" if span.quantization == "none" else f" with {span.quantization} weights",
         span.device,
         loaded - began,
+        torch.get_num_threads(),
         speed.step_seconds * 1e3,
         speed.prefill_tokens_per_second,
         batcher.layout,

@@ -23,6 +23,7 @@ def status_of(server: BlockServer) -> dict[str, object]:
         "tokens_out": host.traffic.tokens_out,
         "step_seconds": host.step_seconds,
         "queue_seconds": host.queue_seconds,
+        "threads": server.threads,
         "cache_bytes": quotas.bytes_used,
         "cache_limit": host.limits.cache_bytes,
         "memory_bytes": resident_bytes(),

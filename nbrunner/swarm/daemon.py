@@ -150,7 +150,7 @@ async def start_p2p(
         for address in listen:
             _check_port_is_free(address)
     _remove_stale_folders()
-    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=_socket_root()))
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=socket_root()))
     key = folder / "identity"
     daemon: Daemon | None = None
     try:
@@ -291,15 +291,15 @@ def _guarded(arguments: list[str]) -> list[str]:
     return [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid()), *arguments]
 
 
-def _socket_root() -> str:
-    """Where a socket's path stays under the 108 bytes that Unix allows, whatever TMPDIR says."""
-    root = tempfile.gettempdir()
+def socket_root(root: str | None = None) -> str:
+    """Where a socket's path stays under the 108 bytes that Unix allows, whatever TMPDIR (or ``root``) says."""
+    root = root or tempfile.gettempdir()
     return root if len(root) <= 48 else "/tmp"  # noqa: S108 - mkdtemp makes a private directory in it
 
 
 def _remove_stale_folders() -> None:
     """Remove the directories of processes that were killed before they could."""
-    for folder in Path(_socket_root()).glob(f"{FOLDER_PREFIX}*"):
+    for folder in Path(socket_root()).glob(f"{FOLDER_PREFIX}*"):
         match = re.match(rf"{FOLDER_PREFIX}(\d+)-", folder.name)
         if match is None:
             continue

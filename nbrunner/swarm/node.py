@@ -287,6 +287,11 @@ class Node:
             ) from None
 
     @property
+    def folder(self) -> Path:
+        """A private directory that goes when this node does."""
+        return self._daemon.folder
+
+    @property
     def p2p(self) -> Any:
         """Hivemind's client of our daemon, for what of hivemind runs over it."""
         self._check_open()
