@@ -8,63 +8,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from nbrunner.server.scheduler import FORGET_SECONDS, Scheduler, Urgency, Waiting
+from nbrunner.server.gathering import Gathering
+from nbrunner.server.scheduler import Scheduler, Urgency, Waiting
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-GATHER_SECONDS = 0.001
-"""How long the thread waits at least for the steps of other active sessions, before it runs those it has."""
-
-ACTIVE_SECONDS = 0.25
-"""A session counts as active for so long after its last step."""
-
-GATHERS_FOR_THOSE_EXPECTED = 6
-"""So many times as long it waits for sessions that are known to be back by then."""
-
-_REMEMBERED = 4096
-
-
-class Returns:
-    """When sessions come back with their next step, by how long they were away before."""
-
-    def __init__(self) -> None:
-        self._went: dict[str, float] = {}
-        self._away: dict[str, float] = {}
-
-    def went(self, session: str, now: float) -> None:
-        """A step has been computed."""
-        self._went[session] = now
-
-    def came(self, session: str, now: float) -> None:
-        """The next one is here."""
-        before = self._went.pop(session, None)
-        if before is not None:
-            away = now - before
-            if len(self._away) >= _REMEMBERED:
-                self._away.clear()  # of sessions that have ended, as a rule; it is learned again in two steps
-            self._away[session] = away if session not in self._away else 0.7 * self._away[session] + 0.3 * away
-
-    def forget(self, session: str) -> None:
-        """It does not come back."""
-        self._went.pop(session, None)
-        self._away.pop(session, None)
-
-    def latest(self, here: Collection[str], now: float, limit: float) -> float | None:
-        """When the last of those is back that are away, not late, and due before a limit; None if there is none."""
-        for session in [one for one, at in self._went.items() if now - at > FORGET_SECONDS]:
-            del self._went[session]
-            self._away.pop(session, None)
-        back = [
-            at + 1.3 * self._away[one] for one, at in self._went.items() if one in self._away and one not in here
-        ]
-        return max((one for one in back if now < one <= limit), default=None)
 
 
 class Part(Protocol):
@@ -97,12 +50,7 @@ class Done(Generic[T]):
 
 
 class ComputeThread:
-    """One thread. What it runs next is for `Scheduler` to say, of all that waits.
-
-    Attributes
-    ----------
-    gather_seconds
-        How long it waits for the steps of other active sessions; see `nbrunner.server.host.gather_seconds`.
+    """One thread. What it runs next is for `Scheduler` to say, of all that waits, and when, for `Gathering`.
 
     Jobs of one session keep their order because a session submits one at a time. Waking the thread goes through
     a `queue.SimpleQueue`, written in C: a put and the wake-up take 10-20 µs, where `queue.PriorityQueue` with its
@@ -111,11 +59,9 @@ class ComputeThread:
 
     def __init__(self, name: str = "nbrunner-compute", initialize: Callable[[], None] | None = None) -> None:
         self.scheduler = Scheduler()
-        self.gather_seconds = GATHER_SECONDS
+        self.gathering = Gathering()
         self._run_parts: PartRunner | None = None
         self._waiting: dict[int, _Job] = {}
-        self._active: dict[str, float] = {}
-        self._returns = Returns()
         self._lock = threading.Lock()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._numbers = itertools.count()
@@ -160,9 +106,8 @@ class ComputeThread:
         """
         now = time.perf_counter()
         with self._lock:
-            self._active[session] = now
-            self._returns.came(session, now)
-            alone = self._active_sessions(now) == 1
+            self.gathering.came(session, now)
+            alone = self.gathering.active(now) == 1
         if brief and alone and self._may_run_here():
             try:
                 (problem,) = self._runner()([(part, part.tokens)])
@@ -179,8 +124,7 @@ class ComputeThread:
     def session_ended(self, session: str) -> None:
         """No step of it is waited for any more."""
         with self._lock:
-            self._active.pop(session, None)
-            self._returns.forget(session)
+            self.gathering.forget(session)
             waited_for = bool(self._waiting)
         if waited_for:
             self._wake.put(True)  # those that it was to be joined with go on without it
@@ -198,12 +142,6 @@ class ComputeThread:
 
     def _may_run_here(self) -> bool:
         return not self._waiting and not self._closed and self._running.acquire(blocking=False)
-
-    def _active_sessions(self, now: float) -> int:
-        """How many have had a step lately. With the lock held."""
-        if len(self._active) > 1:
-            self._active = {one: at for one, at in self._active.items() if now - at < ACTIVE_SECONDS}
-        return len(self._active)
 
     def _job(self, urgency: Urgency, peer: str) -> _Job:
         loop = asyncio.get_running_loop()
@@ -237,7 +175,7 @@ class ComputeThread:
         with self._lock:
             waiting = [job.waiting for job in self._waiting.values()]
             now = time.perf_counter()
-            chosen = self.scheduler.choose(waiting, now, active=self._active_sessions(now))
+            chosen = self.scheduler.choose(waiting, now, active=self.gathering.active(now))
             jobs = [(self._waiting.pop(one.work.number), one.tokens) for one in chosen]
         if not jobs:
             return False
@@ -253,33 +191,22 @@ class ComputeThread:
         return True
 
     def _gather(self) -> None:
-        """Give the steps of other active sessions a moment to arrive, to be run together with those here.
-
-        A short one for those that were active lately, and a longer one for those that come back by then as a rule.
-        """
-        begin = 0.0
+        """Give the steps of other sessions a moment to arrive, to be run together with those here."""
+        begin = time.perf_counter()
+        now = begin
         while True:
-            now = time.perf_counter()
-            begin = begin or now
             with self._lock:
-                here = [job.waiting for job in self._waiting.values() if job.part is not None]
-                expected = self._active_sessions(now)
-                back = self._returns.latest(
-                    {job.session for job in self._waiting.values()},
-                    now,
-                    begin + GATHERS_FOR_THOSE_EXPECTED * self.gather_seconds,
-                )
-            steps = [one for one in here if one.urgency is Urgency.DECODE and one.joins is not None]
-            short = begin + self.gather_seconds if len(here) < expected else 0.0
-            until = max(short, back or 0.0)
-            if not steps or until <= now or self._closed:
+                here = {job.session for job in self._waiting.values() if job.is_step}
+                until = self.gathering.until(here, begin, now) if here else now
+            if until <= now or self._closed:
                 return
             try:
                 if not self._wake.get(timeout=until - now):
                     self._wake.put(False)
                     return
             except queue.Empty:
-                continue
+                pass
+            now = time.perf_counter()
 
     def _run_jobs(self, jobs: Sequence[tuple[_Job, int]]) -> list[_Job]:
         """Those that have something left are returned."""
@@ -300,9 +227,9 @@ class ComputeThread:
             problems = cast(Sequence[Exception], [error] * len(jobs))
         ended = time.perf_counter()
         seconds = ended - began
+        steps_only = all(job.urgency is Urgency.DECODE for job, _ in jobs)
         with self._lock:
-            for job, _ in jobs:
-                self._returns.went(job.session, ended)
+            self.gathering.went({job.session for job, _ in jobs}, ended, seconds if steps_only else None)
         unfinished = []
         for (job, _), problem in zip(jobs, problems, strict=True):
             job.compute += seconds
@@ -352,6 +279,11 @@ class _Job:
         self.queue = 0.0
         self.begun = False
         self.compute = 0.0
+
+    @property
+    def is_step(self) -> bool:
+        """A decode step that others can be joined to."""
+        return self.part is not None and self.urgency is Urgency.DECODE and self.part.joins is not None
 
     @property
     def waiting(self) -> Waiting:

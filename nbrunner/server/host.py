@@ -15,7 +15,8 @@ from nbrunner.blocks.lens import Lens
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.protocol.limits import Limits
 from nbrunner.server.adapters import AdapterStore
-from nbrunner.server.compute import GATHER_SECONDS, ComputeThread, Done
+from nbrunner.server.compute import ComputeThread, Done
+from nbrunner.server.gathering import GATHER_SECONDS
 from nbrunner.server.inputs import Form
 from nbrunner.server.kept import KeptPasses
 from nbrunner.server.quotas import Quotas
@@ -153,7 +154,7 @@ class Host:
 
     def _schedule(self) -> None:
         self.compute.scheduler = scheduler_for(self.span, self.speed)
-        self.compute.gather_seconds = gather_seconds(self.speed)
+        self.compute.gathering.seconds = gather_seconds(self.speed)
 
     def note_step(self, row_tokens: int, done: Done[None]) -> None:
         """Learn from a finished part."""
