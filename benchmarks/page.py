@@ -26,9 +26,9 @@ bench-report` makes this page.
 
 REASONS = {
     "concurrent": "Eight sessions: their one client computes its head for each, 5 ms one after the other. Four "
-    "processes: both cores are busy. For a token of each, two passes of two rows over 8 blocks take each server 70 ms "
-    "(one row takes 30, four take 60: the products of MKL), and the four heads take 44 ms, as they do in plain "
-    "transformers.",
+    "processes: both cores are busy. For a token of each, two passes of two rows over 8 blocks take each server "
+    "70 ms (one row takes 30, four take 60: the products of MKL), and the four heads take 44 ms, as they do in "
+    "plain transformers.",
     "fairness": "The steps of both peers run in one pass, and one of nine rows takes twice as long as one of a "
     "single row (122 ms and 58 on one core in float32). Serving the peers in turn would take most of the speed of "
     "the eight and give next to nothing to the one.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbrunner.errors import NBRunnerError, UserInputError
+from nbrunner.imports import importing
 from nbrunner.magics.config import NBRunner
 from nbrunner.magics.fits_here import LocalFits
 from nbrunner.magics.worker import Worker
@@ -371,8 +372,9 @@ def _same(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _import_client() -> None:
-    importlib.import_module("nbrunner.client.auto")
-    importlib.import_module("nbrunner.client.generation")
+    with importing():
+        importlib.import_module("nbrunner.client.load")
+        importlib.import_module("nbrunner.client.generation")
 
 
 def _name_of(uid: str) -> str:

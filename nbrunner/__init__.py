@@ -9,10 +9,10 @@ Importing it starts nothing and loads neither torch nor hivemind: each name belo
 
 from __future__ import annotations
 
-import gc
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from nbrunner.imports import importing
 
 if TYPE_CHECKING:
     from nbrunner.client.auto import (
@@ -98,22 +98,12 @@ def __getattr__(name: str) -> Any:
 
         value: Any = version("nbrunner")
     elif name in _HOMES:
-        value = getattr(_import(_HOMES[name]), name)
+        with importing():
+            value = getattr(import_module(_HOMES[name]), name)
     else:
         raise AttributeError(f"module 'nbrunner' has no attribute {name!r}")
     globals()[name] = value
     return value
-
-
-def _import(module: str) -> ModuleType:
-    """Import without collections: torch and transformers make objects that all stay (3.0 s instead of 3.8 s)."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        return import_module(module)
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+from nbrunner.imports import importing
 
 HEAVY = ("torch", "hivemind", "plotly", "transformers", "numpy", "scipy", "peft", "bitsandbytes")
 
@@ -59,6 +63,38 @@ def test_the_way_in_is_light(what: str, code: str, tmp_path: Path, monkeypatch: 
     best = min(run["seconds"] for run in runs)
     print(f"{what}: {best:.3f} s")
     assert best < 0.3
+
+
+def test_the_classes_of_models_are_light_so_that_a_swarm_is_joined_while_torch_is_imported(tmp_path: Path) -> None:
+    code = "import nbrunner\nseconds = 0\nnbrunner.AutoDistributedModelForCausalLM.from_pretrained\n"
+    modules = set(fresh(code, tmp_path)["modules"])
+    assert "nbrunner.client.auto" in modules
+    assert sorted(modules & set(HEAVY)) == []
+
+
+def test_one_thread_imports_at_a_time_and_nothing_is_collected_meanwhile() -> None:
+    inside, others = threading.Event(), []
+
+    def other() -> None:
+        with importing():
+            others.append(inside.is_set())
+
+    def fails(thread: threading.Thread) -> None:
+        with importing():
+            assert not gc.isenabled()
+            thread.start()
+            with importing():  # the same thread may
+                thread.join(0.05)
+            assert others == []
+            inside.set()
+            raise ImportError
+
+    thread = threading.Thread(target=other)
+    with pytest.raises(ImportError):
+        fails(thread)
+    thread.join()
+    assert others == [True]
+    assert gc.isenabled()
 
 
 def test_public_names_resolve() -> None:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import weakref
-from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from nbrunner.blocks.checkpoint import Checkpoint, resolve_checkpoint
-from nbrunner.blocks.skeleton import load_client_model
 from nbrunner.client.candidates import SessionOptions
 from nbrunner.client.connection import SwarmConnection
-from nbrunner.client.model import DistributedModel
-from nbrunner.client.remote import RemoteLayers
-from nbrunner.client.swarm_runner import SwarmRunner
 from nbrunner.errors import NBRunnerError, UserInputError
+from nbrunner.imports import importing
 from nbrunner.protocol.credentials import Invite
-from nbrunner.protocol.tensors import DTYPES
 from nbrunner.swarm.loop import EngineLoop, wait_sync
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Auto:
@@ -112,25 +105,28 @@ class _Auto:
             in_8bit=wire == "int8",
         )
         parsed = invite if isinstance(invite, Invite) else Invite.parse(invite)
-        checkpoint = resolve_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
-        for name, value in config.items():
-            setattr(checkpoint.config, name, value)
         engine = EngineLoop.get()
-        # the p2p daemon comes up while the architecture is imported and looked at
+        # the p2p daemon comes up while torch and transformers are imported: 0.5 s less until the first token
         joining = engine.submit(SwarmConnection.join(parsed))
         try:
-            num_blocks = checkpoint.num_blocks
-            connection = wait_sync(joining)
-            served = wire_dtype(connection, checkpoint)
-            loaded = _load(checkpoint, cls.task, dtype=dtype if dtype is not None else served, device=device)
+            with importing():
+                from nbrunner.client.load import load_model
+            return load_model(
+                cls.task,
+                model,
+                joining,
+                options,
+                revision=revision,
+                token=token,
+                dtype=dtype,
+                device=device,
+                cache_dir=cache_dir,
+                config=config,
+            )
         except BaseException:
             with contextlib.suppress(NBRunnerError, CancelledError):
                 wait_sync(engine.submit(wait_sync(joining).leave()))
             raise
-        runner = SwarmRunner(connection, checkpoint.uid, num_blocks, served or loaded.dtype, options)
-        loaded.attach(runner)
-        weakref.finalize(loaded, runner.release)
-        return loaded
 
 
 class AutoDistributedModelForCausalLM(_Auto):
@@ -158,74 +154,6 @@ class AutoDistributedModelForSequenceClassification(_Auto):
 
     task = "AutoModelForSequenceClassification"
     config_options = frozenset({"num_labels", "id2label", "label2id", "problem_type", "pad_token_id"})
-
-
-def classifier_of(model: Any, **config: Any) -> Any:
-    """A model with a new head for labels on the same servers; it lives no longer than the model does.
-
-    Parameters
-    ----------
-    model
-        Any distributed model.
-    **config
-        As `AutoDistributedModelForSequenceClassification.from_pretrained` takes.
-    """
-    checkpoint = copy.copy(model.nbrunner_checkpoint)
-    checkpoint.config = copy.deepcopy(checkpoint.config)
-    for name, value in config.items():
-        setattr(checkpoint.config, name, value)
-    task = AutoDistributedModelForSequenceClassification.task
-    # a head in bf16 would round most of what an optimiser adds to it away
-    made = _load(checkpoint, task, dtype=torch.float32, device=model.device)
-    made.attach(model.runner)
-    return made
-
-
-def _load(checkpoint: Checkpoint, task: str, *, dtype: Any, device: torch.device | str) -> Any:
-    """The part of a model that stays here, frozen but for a new head; not attached to who runs its blocks."""
-    loaded = load_client_model(
-        checkpoint,
-        task,
-        lambda blocks, _: RemoteLayers(blocks),
-        dtype=dtype,
-        device=device,
-        mixins=(DistributedModel,),
-    )
-    _freeze(loaded)
-    loaded.nbrunner_checkpoint = checkpoint
-    return loaded
-
-
-def wire_dtype(connection: SwarmConnection, checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype in which most servers of a model compute, None if none is there yet.
-
-    Raises
-    ------
-    UserInputError
-        The model is served only in other revisions than ours: their blocks would not fit our embeddings and head.
-    """
-    records = [entry.record for entry in connection.directory.view.servers.values()]
-    ours = [record for record in records if record.model == checkpoint.uid]
-    if not ours:
-        name = checkpoint.uid.rpartition("@")[0]
-        others = sorted({record.model for record in records if record.model.rpartition("@")[0] == name})
-        if name and others:
-            raise UserInputError(
-                f"this is {checkpoint.uid}, but the swarm serves {', '.join(others)}: another revision of the same "
-                "model, whose blocks do not fit. Load that one (revision=…, or its directory), or have this one "
-                "served."
-            )
-        return None
-    name, _ = Counter(record.dtype for record in ours).most_common(1)[0]
-    return DTYPES.get(name)
-
-
-def _freeze(model: Any) -> None:
-    """What comes from the checkpoint does not learn; a classification head, which lies outside the base, does."""
-    head_is_new = type(model).__name__.endswith("ForSequenceClassification")
-    base = {id(parameter) for parameter in model.nbrunner_skeleton.base.parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(head_is_new and id(parameter) not in base)
 
 
 def _peers(peers: Collection[str] | None, name: str) -> frozenset[str] | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nbrunner.errors import BootstrapError, ServerStartError, UserInputError
+from nbrunner.imports import importing
 from nbrunner.protocol.identity import Identity, is_peer_id
 from nbrunner.swarm import control
 
@@ -164,7 +165,7 @@ async def start_p2p(
             env=_environment(),
         )
         daemon = Daemon(process, folder)
-        # hivemind takes two seconds to import: meanwhile p2pd comes up.
+        # hivemind takes two seconds to import, with torch: meanwhile p2pd comes up.
         p2p_class = await asyncio.get_running_loop().run_in_executor(None, _import_p2p)
         await daemon.wait_ready()
         key.unlink()
@@ -235,7 +236,8 @@ def check_address(address: str) -> None:
 
 
 def _import_p2p() -> Any:
-    from hivemind.p2p import P2P
+    with importing():
+        from hivemind.p2p import P2P
 
     return P2P
 

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from nbrunner.client.auto import classifier_of
 from nbrunner.client.deep_prompts import add_deep_prompts, load_deep_prompts
+from nbrunner.client.load import classifier_of
 from nbrunner.client.model import DistributedModel
 from nbrunner.client.path_model import twin_of
 from nbrunner.errors import UserInputError
