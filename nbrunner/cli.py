@@ -463,7 +463,7 @@ def version(json_lines: JsonOption = False) -> None:
     """Print the version."""
     from importlib.metadata import version as installed
 
-    from nbrunner.protocol.messages import VERSION
+    from nbrunner.protocol.greeting import VERSION
 
     number = installed("nbrunner")
     typer.echo(json.dumps({"version": number, "protocol": VERSION}) if json_lines else f"nbrunner {number}")

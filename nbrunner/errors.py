@@ -131,7 +131,7 @@ class PeerRefusedError(PeerError):
     Attributes
     ----------
     code : str
-        Machine-readable reason, one of `nbrunner.protocol.messages.RefusalCode`.
+        Machine-readable reason, one of `nbrunner.protocol.refusals.RefusalCode`.
     retry_after : float or None
         Seconds after which the same request may be accepted, if the peer said so.
     """

@@ -26,9 +26,9 @@ from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.lora import learned_in
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
+from nbrunner.protocol.adapters import AdapterPart, AdapterUse, LoraPart, PutAdapter
 from nbrunner.protocol.frames import RawTensor, decode_frame, encode_frame
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import AdapterPart, AdapterUse, LoraPart, PutAdapter
 from nbrunner.protocol.tensors import pack
 from nbrunner.server.adapters import PEERS, AdapterStore, take_checked
 

@@ -20,7 +20,7 @@ from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import UnsupportedModelError
-from nbrunner.protocol.messages import EditOp
+from nbrunner.protocol.edits import EditOp
 
 LAYOUTS = {
     "bloom": "padded",

@@ -24,7 +24,7 @@ from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.host_copies import to_device, to_host
 from nbrunner.blocks.passes import SpanOutput, outputs_on_host
 from nbrunner.blocks.span import BlockSpan
-from nbrunner.protocol.messages import EditOp
+from nbrunner.protocol.edits import EditOp
 
 ELSEWHERE = torch.device("meta")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

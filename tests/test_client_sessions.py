@@ -14,7 +14,7 @@ from client_models import GREEDY, Pair, left_padded, make_pair, prompt
 from nbrunner.client.remote_cache import RemoteCache
 from nbrunner.client.session_facade import Session
 from nbrunner.errors import SessionError, UserInputError
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 ONE, MORE = prompt(1), prompt(1, 4, seed=2)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nbrunner.blocks.edits import MAX_BYTES, Edits, check_edits, take_edits
 from nbrunner.client.edits import Edit, compile_edits, resolve_positions
 from nbrunner.errors import BadPeerDataError, UserInputError
-from nbrunner.protocol.messages import EditOp
+from nbrunner.protocol.edits import EditOp
 from nbrunner.protocol.tensors import pack
 
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nbrunner.client.journal import ChainHop, Journal, length_after
 from nbrunner.errors import SessionError
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 BLOCKS = 6
 Rows = list[list[int]]

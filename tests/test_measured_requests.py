@@ -20,8 +20,9 @@ from nbrunner.blocks.lens import Lens
 from nbrunner.blocks.measuring import measure_states
 from nbrunner.client import measuring as client_measuring
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
+from nbrunner.protocol.edits import EditOp
 from nbrunner.protocol.measure import Measure
-from nbrunner.protocol.messages import EditOp, Forward, ForwardResult
+from nbrunner.protocol.requests import Forward, ForwardResult
 from nbrunner.protocol.tensors import pack
 from nbrunner.swarm.loop import EngineLoop
 

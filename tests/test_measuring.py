@@ -17,7 +17,8 @@ from nbrunner.blocks.measuring import measure_states
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.frames import encode_frame
 from nbrunner.protocol.measure import Measure, measured_bytes, measured_shapes, problem_of
-from nbrunner.protocol.messages import Forward, ForwardResult, HopTiming
+from nbrunner.protocol.requests import Forward, ForwardResult
+from nbrunner.protocol.steps import HopTiming
 from nbrunner.protocol.tensors import pack
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "cohere"]

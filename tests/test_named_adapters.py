@@ -27,9 +27,9 @@ from nbrunner.blocks.lora import learned_in
 from nbrunner.blocks.peft_files import find_adapter, load_peft_adapter
 from nbrunner.client import connection
 from nbrunner.errors import BadPeerDataError, MissingBlocksError, PeerRefusedError, UserInputError
+from nbrunner.protocol.adapters import AdapterManifest, AdapterOffered, OfferAdapter
 from nbrunner.protocol.identity import Identity
 from nbrunner.protocol.manifests import encode_manifest, open_manifest, sign_manifest, uid_of
-from nbrunner.protocol.messages import AdapterManifest, AdapterOffered, OfferAdapter
 from nbrunner.server.options import parse_adapter
 from nbrunner.swarm.loop import EngineLoop
 

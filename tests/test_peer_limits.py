@@ -14,7 +14,9 @@ from test_server_sessions import hidden, info, open_session, receive, run
 
 from nbrunner.errors import PeerRefusedError
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import Forward, ForwardResult, Hop, Refused, Step, StepFailed, StepResult
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.requests import Forward, ForwardResult
+from nbrunner.protocol.steps import Hop, Step, StepFailed, StepResult
 from nbrunner.protocol.tensors import pack
 from nbrunner.server.runner import BlockServer
 from nbrunner.swarm.node import Node

@@ -22,7 +22,8 @@ from nbrunner.protocol.frames import (
     encode_frame,
 )
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES
-from nbrunner.protocol.messages import AnyMessage, Ping
+from nbrunner.protocol.messages import AnyMessage
+from nbrunner.protocol.status import Ping
 from nbrunner.protocol.tensors import DTYPES, check_shape, pack, take, unpack
 
 PEER = "12D3KooW" + "x" * 44

@@ -17,7 +17,7 @@ from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
 from nbrunner.protocol.credentials import Terms
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 from nbrunner.protocol.tensors import pack
 from nbrunner.server import gathering
 from nbrunner.server.compute import ComputeThread

@@ -24,31 +24,20 @@ from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import PeerRefusedError, PeerUnreachableError
 from nbrunner.protocol.credentials import Invite
 from nbrunner.protocol.frames import PREFIX, RawTensor
-from nbrunner.protocol.messages import (
-    AnyMessage,
+from nbrunner.protocol.messages import AnyMessage
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.requests import Backward, BackwardResult, Forward, ForwardResult
+from nbrunner.protocol.sessions import (
     AttachSession,
-    Backward,
-    BackwardResult,
-    CacheOp,
-    Captured,
     CloseSession,
     Draining,
-    Forward,
-    ForwardResult,
-    GetInfo,
-    Hop,
-    Info,
     OpenSession,
-    Ping,
-    Pong,
-    Refused,
     Relink,
     Relinked,
     SessionOpened,
-    Step,
-    StepFailed,
-    StepResult,
 )
+from nbrunner.protocol.status import GetInfo, Info, Ping, Pong
+from nbrunner.protocol.steps import CacheOp, Captured, Hop, Step, StepFailed, StepResult
 from nbrunner.protocol.tensors import pack, take
 from nbrunner.swarm.loop import EngineLoop
 from nbrunner.swarm.node import Node

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nbrunner.client.journal import ChainHop, Journal
 from nbrunner.protocol.identity import Identity
-from nbrunner.protocol.messages import CacheOp, Hop, Step
+from nbrunner.protocol.steps import CacheOp, Hop, Step
 from nbrunner.server.session_state import PartPlan, PartRefusedError, SessionState, next_hop
 
 PEERS = [Identity(bytes([number]) * 32).peer_id for number in range(8)]

@@ -24,9 +24,12 @@ from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.blocks.prefix_attention import KeysInPieces
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import NBRunnerError
+from nbrunner.protocol.adapters import AdapterUse
+from nbrunner.protocol.edits import EditOp
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import AdapterUse, CacheOp, EditOp, Hop, OpenSession, Step
+from nbrunner.protocol.sessions import OpenSession
+from nbrunner.protocol.steps import CacheOp, Hop, Step
 from nbrunner.protocol.tensors import pack
 from nbrunner.server.content import Content
 from nbrunner.server.host import can_share_prefixes

@@ -17,7 +17,8 @@ from inprocess_swarm import InProcessSwarm
 
 import nbrunner
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import Hop, OpenSession, Step, StepResult
+from nbrunner.protocol.sessions import OpenSession
+from nbrunner.protocol.steps import Hop, Step, StepResult
 from nbrunner.protocol.tensors import pack
 from nbrunner.swarm.loop import EngineLoop
 from nbrunner.swarm.node import Node

@@ -10,8 +10,8 @@ import pytest
 from nbrunner.errors import PeerRefusedError, PeerUnreachableError
 from nbrunner.protocol.credentials import SwarmKey
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import Ping, Pong
 from nbrunner.protocol.records import ServerRecord
+from nbrunner.protocol.status import Ping, Pong
 from nbrunner.swarm import directory as directory_module
 from nbrunner.swarm.directory import Directory
 from nbrunner.swarm.loop import EngineLoop

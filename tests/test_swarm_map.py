@@ -16,7 +16,7 @@ from nbrunner.client.step_times import StepTime, costs_most, token_time, typical
 from nbrunner.client.waterfall import Waterfall
 from nbrunner.magics.fits_here import SURELY_FASTER, Fit, LocalFits, advise
 from nbrunner.magics.swarm_map import is_relayed, map_of
-from nbrunner.protocol.messages import HopTiming
+from nbrunner.protocol.steps import HopTiming
 from nbrunner.swarm.view import ServerEntry, SwarmView
 
 A, B, C = PEERS

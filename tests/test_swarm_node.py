@@ -31,10 +31,12 @@ from nbrunner.errors import (
 )
 from nbrunner.protocol.credentials import Invite, SwarmKey
 from nbrunner.protocol.frames import PREFIX, RawTensor, TensorSpec, decode_frame, encode_frame
+from nbrunner.protocol.greeting import STREAM, VERSION, Hello, Welcome
 from nbrunner.protocol.identity import Identity
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import STREAM, VERSION, GetInfo, Hello, Ping, Pong, Refused, Welcome
 from nbrunner.protocol.records import ServerRecord
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.status import GetInfo, Ping, Pong
 from nbrunner.swarm import control, shortcut
 from nbrunner.swarm.daemon import start_p2p
 from nbrunner.swarm.loop import EngineLoop

@@ -15,8 +15,9 @@ from helpers import wait_until
 from nbrunner.errors import PeerRefusedError, PeerUnreachableError
 from nbrunner.protocol.credentials import SwarmKey
 from nbrunner.protocol.frames import encode_frame
+from nbrunner.protocol.greeting import FEATURES, VERSION, Hello, Shortcut
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import FEATURES, VERSION, Hello, Ping, Pong, Shortcut
+from nbrunner.protocol.status import Ping, Pong
 from nbrunner.swarm import shortcut
 from nbrunner.swarm.control import ControlError, delimited, split_delimited
 from nbrunner.swarm.daemon import FOLDER_PREFIX

@@ -15,8 +15,7 @@ from nbrunner.errors import PeerRefusedError, UserInputError
 from nbrunner.protocol.credentials import SwarmKey
 from nbrunner.protocol.identity import Identity
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import BeginRound, GetTeachingState, JoinTeaching
-from nbrunner.protocol.together import Teaching, TensorShape
+from nbrunner.protocol.together import BeginRound, GetTeachingState, JoinTeaching, Teaching, TensorShape
 from nbrunner.swarm import control
 from nbrunner.swarm.daemon import start_p2p
 from nbrunner.swarm.loop import EngineLoop

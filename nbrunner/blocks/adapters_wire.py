@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..errors import BadPeerDataError
+from ..protocol.adapters import AdapterManifest, AdapterPart, LoraPart
 from ..protocol.frames import RawTensor
-from ..protocol.messages import AdapterManifest, AdapterPart, LoraPart
 from ..protocol.tensors import pack, take
 from .adapters import DTYPES, PROMPT, BlockAdapter, Lora
 

@@ -17,8 +17,8 @@ from nbrunner.protocol.finite import all_finite
 from ..errors import BadPeerDataError, UserInputError
 
 if TYPE_CHECKING:
+    from ..protocol.edits import EditOp
     from ..protocol.frames import RawTensor
-    from ..protocol.messages import EditOp
 
 PREFIX = "edit."
 MAX_BYTES = 16 << 20
@@ -75,7 +75,7 @@ class Edits:
 
     def pull_back(self, grad: Tensor, layer: int, position: int = 0) -> Tensor:
         """Gradient with respect to the state before its edits, from that with respect to the state after them."""
-        from ..protocol.messages import EditOp
+        from ..protocol.edits import EditOp
 
         for op in reversed(self.ops):
             if op.layer != layer or op.kind == "add":

@@ -10,9 +10,9 @@ from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter
 from nbrunner.blocks.adapters_wire import pack_adapters
 from nbrunner.client.request_streams import RequestStreams
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, SessionError, UserInputError
+from nbrunner.protocol.adapters import AdapterStored, AdapterUse, PutAdapter
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, Limits
-from nbrunner.protocol.messages import AdapterStored, AdapterUse, PutAdapter
 
 FEATURE = "adapters"
 

@@ -10,7 +10,7 @@ from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.client.inputs import check_hidden, check_mask
 from nbrunner.client.runner import BlockRunner, RunnerSession
 from nbrunner.errors import SessionError, UserInputError
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 
 class BlocksSession:

@@ -10,7 +10,7 @@ import torch
 
 from nbrunner.blocks.edits import Edits, check_edits
 from nbrunner.errors import UserInputError
-from nbrunner.protocol.messages import EditOp
+from nbrunner.protocol.edits import EditOp
 
 if TYPE_CHECKING:
     from nbrunner.client.trace import Trace

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nbrunner.errors import UserInputError
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,10 @@ from typing import Any, NamedTuple
 
 from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, PeerUnreachableError
 from nbrunner.protocol.frames import RawTensor
-from nbrunner.protocol.messages import (
-    AnyMessage,
-    CloseSession,
-    OpenSession,
-    Ping,
-    Pong,
-    Queued,
-    Refused,
-    Relink,
-    Relinked,
-    SessionOpened,
-)
+from nbrunner.protocol.messages import AnyMessage
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.sessions import CloseSession, OpenSession, Queued, Relink, Relinked, SessionOpened
+from nbrunner.protocol.status import Ping, Pong
 from nbrunner.swarm.node import Node
 from nbrunner.swarm.streams import Stream
 

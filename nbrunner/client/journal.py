@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from nbrunner.errors import SessionError
-from nbrunner.protocol.messages import CacheOp, Hop
+from nbrunner.protocol.steps import CacheOp, Hop
 
 
 @dataclass(frozen=True)

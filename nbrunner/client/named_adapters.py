@@ -14,9 +14,7 @@ from nbrunner.client.adapters import AdapterSender
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.request_streams import RequestStreams
 from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, SwarmError, UserInputError
-from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.manifests import encode_manifest, open_manifest, sign_manifest, uid_of
-from nbrunner.protocol.messages import (
+from nbrunner.protocol.adapters import (
     AdapterInfo,
     AdapterManifest,
     AdapterOffered,
@@ -24,6 +22,8 @@ from nbrunner.protocol.messages import (
     OfferAdapter,
     WithdrawAdapter,
 )
+from nbrunner.protocol.identity import short_peer
+from nbrunner.protocol.manifests import encode_manifest, open_manifest, sign_manifest, uid_of
 from nbrunner.swarm.directory import SwarmView
 
 ANNOUNCED_SECONDS = 10.0

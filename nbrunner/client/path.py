@@ -13,8 +13,8 @@ from torch import nn
 from nbrunner.blocks.edits import Edits
 from nbrunner.client.blocks_view import RemoteBlocks
 from nbrunner.errors import UserInputError
+from nbrunner.protocol.edits import EditOp
 from nbrunner.protocol.finite import all_finite
-from nbrunner.protocol.messages import EditOp
 
 Entry = int | nn.Module
 """A block, or a module that takes and gives [batch, tokens, ...]."""

@@ -14,7 +14,7 @@ from nbrunner.client.journal import length_after
 from nbrunner.client.path import BlockRun, Part
 from nbrunner.client.runner import BlockRunner, RunnerSession
 from nbrunner.errors import SessionError
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 
 @dataclass(frozen=True)

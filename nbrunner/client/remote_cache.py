@@ -18,7 +18,7 @@ from nbrunner.client.edits import Edit
 from nbrunner.client.runner import BlockRunner, RunnerSession, StepResult
 from nbrunner.client.step_times import StepTime
 from nbrunner.errors import SessionError, UserInputError
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 
 class _Holder:

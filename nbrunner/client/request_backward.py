@@ -37,7 +37,7 @@ from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, Sessi
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import AdapterSum, Backward, BackwardResult, SummedGradients, TakeSum
+from nbrunner.protocol.requests import AdapterSum, Backward, BackwardResult, SummedGradients, TakeSum
 from nbrunner.protocol.tensors import take
 
 if TYPE_CHECKING:

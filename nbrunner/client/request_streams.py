@@ -14,7 +14,10 @@ from nbrunner.errors import BadPeerDataError, PeerError, PeerUnreachableError
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import AnyMessage, Message, Ping, Pong, Refused
+from nbrunner.protocol.messages import AnyMessage
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.schema import Message
+from nbrunner.protocol.status import Ping, Pong
 from nbrunner.swarm.greeting import refusal
 from nbrunner.swarm.node import Node
 from nbrunner.swarm.streams import Stream

@@ -11,11 +11,11 @@ from nbrunner.blocks.edits import Edits
 from nbrunner.client.measuring import answer_bytes, most_rows
 from nbrunner.client.runner import Carry, Segment
 from nbrunner.errors import SessionError, UserInputError
+from nbrunner.protocol.edits import EditOp
 from nbrunner.protocol.finite import all_finite
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, Limits
 from nbrunner.protocol.measure import Measure
-from nbrunner.protocol.messages import EditOp
 from nbrunner.protocol.tensors import pack, take
 
 CARRY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)

@@ -56,7 +56,7 @@ from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.measure import Measure
-from nbrunner.protocol.messages import Backward, Forward, ForwardResult
+from nbrunner.protocol.requests import Backward, Forward, ForwardResult
 from nbrunner.protocol.tensors import pack, take
 from nbrunner.swarm.routing import PlannedHop
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.messages import Queued
+from nbrunner.protocol.sessions import Queued
 
 _WHY_CHARACTERS = 100
 

@@ -12,7 +12,7 @@ from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lens import Lens
 from nbrunner.protocol.measure import Measure
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 if TYPE_CHECKING:
     from nbrunner.client.watch import PassWatch

@@ -38,7 +38,9 @@ from nbrunner.errors import (
     SessionError,
 )
 from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.messages import CacheOp, Draining, HopTiming, OpenSession, Queued, Refused, StepFailed
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.sessions import Draining, OpenSession, Queued
+from nbrunner.protocol.steps import CacheOp, HopTiming, StepFailed
 
 logger = logging.getLogger(__name__)
 

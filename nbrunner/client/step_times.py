@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.messages import HopTiming
+from nbrunner.protocol.steps import HopTiming
 
 HopBlocks = tuple[str, int, int]
 

@@ -25,7 +25,7 @@ from nbrunner.client.travel import StepOutput
 from nbrunner.client.watch import current_watch, waiting
 from nbrunner.errors import UserInputError
 from nbrunner.protocol.measure import Measure
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 from nbrunner.swarm.loop import EngineLoop
 
 CLOSE_SECONDS = 5.0

@@ -11,8 +11,10 @@ from nbrunner.client.hop import HopStream
 from nbrunner.client.journal import PendingStep, Segment
 from nbrunner.errors import BadPeerDataError, PeerRefusedError
 from nbrunner.protocol.frames import RawTensor
+from nbrunner.protocol.greeting import EIGHT_BITS
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import EIGHT_BITS, AnyMessage, Captured, HopTiming, Step, StepResult
+from nbrunner.protocol.messages import AnyMessage
+from nbrunner.protocol.steps import Captured, HopTiming, Step, StepResult
 from nbrunner.protocol.tensors import pack, pack_8bit, take
 
 PIPELINE_TOKENS = 128

@@ -7,8 +7,8 @@ import hashlib
 import msgspec
 
 from nbrunner.errors import BadPeerDataError, UserInputError
+from nbrunner.protocol.adapters import AdapterManifest
 from nbrunner.protocol.identity import Identity, public_key_of, signature_is_valid
-from nbrunner.protocol.messages import AdapterManifest
 
 
 def encode_manifest(manifest: AdapterManifest) -> bytes:

@@ -19,6 +19,7 @@ from nbrunner.errors import BadPeerDataError
 from nbrunner.protocol.credentials import swarm_name
 from nbrunner.protocol.identity import Identity
 from nbrunner.protocol.records import open_payload, sign_payload
+from nbrunner.protocol.schema import Message, Number, Peer, Text
 
 MAX_PARTICIPANTS = 64
 """Everyone holds a stream to everyone."""
@@ -33,7 +34,6 @@ _PURPOSE = b"nbrunner teaching 1\0"
 _VERSION = 1
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=60)]
-_Text = Annotated[str, msgspec.Meta(max_length=200)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 
@@ -44,7 +44,7 @@ TeacherState = Literal["training", "waiting", "averaging", "paused", "finished",
 
 
 class TensorShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    name: _Text
+    name: Text
     shape: Annotated[list[_Size], msgspec.Meta(max_length=6)]
 
     @property
@@ -59,7 +59,7 @@ class Teaching(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     """What is taught. ``parameters`` are sorted by name."""
 
     name: Name
-    method: _Text
+    method: Text
     parameters: _Shapes
 
     @property
@@ -91,10 +91,94 @@ class TeachingRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
 
     name: Name
     digest: Digest
-    method: _Text = ""
+    method: Text = ""
     started: float = 0.0
-    addresses: Annotated[list[_Text], msgspec.Meta(max_length=8)] = []
+    addresses: Annotated[list[Text], msgspec.Meta(max_length=8)] = []
     gone: bool = False
+
+
+# -- messages --------------------------------------------------------------------------------------------------
+
+
+class JoinTeaching(Message, frozen=True):
+    """The first words on a stream between two who teach together, by the opener; answered by the other's own.
+
+    The stream then carries `TeachingProgress` both ways and `BeginRound` from whoever calls the round. A peer that
+    teaches something else answers with its `TeachingManifest` and closes.
+    """
+
+    name: Name
+    digest: Digest
+    member: Annotated[str, msgspec.Meta(max_length=60)] = ""
+    reachable: bool = True
+
+
+class GetTeaching(Message, frozen=True):
+    """Answered by `TeachingManifest`."""
+
+
+class TeachingManifest(Message, frozen=True):
+    teaching: Teaching
+
+
+class TeachingProgress(Message, frozen=True):
+    """How far the sender is; at every change of ``state``, and at least every few seconds.
+
+    Attributes
+    ----------
+    turn
+        Number of the round the sender asks for, counted by itself.
+    steps, samples
+        In all, its own.
+    fresh
+        Samples since its last round: its weight in the next.
+    round
+        Rounds that its parameters went through.
+    lineage
+        What its parameters go back to.
+    finished
+        It has no more steps to do, and waits for the others to get there.
+    """
+
+    state: TeacherState
+    turn: Number
+    steps: Number
+    samples: Number
+    fresh: Number
+    round: Number
+    lineage: Lineage
+    finished: bool = False
+
+
+class BeginRound(Message, frozen=True):
+    """By the peer that coordinates: average now, with these, in this order, with these weights.
+
+    ``turns``: the turn of each that this answers; who has moved on since ignores it. ``last``: all have finished.
+    """
+
+    group: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    round: Number
+    peers: Annotated[list[Peer], msgspec.Meta(min_length=1, max_length=MAX_PARTICIPANTS)]
+    weights: Annotated[
+        list[Annotated[float, msgspec.Meta(ge=0, le=1e15)]], msgspec.Meta(min_length=1, max_length=MAX_PARTICIPANTS)
+    ]
+    turns: Annotated[list[Number], msgspec.Meta(min_length=1, max_length=MAX_PARTICIPANTS)]
+    last: bool = False
+
+
+class GetTeachingState(Message, frozen=True):
+    """Answered by `TeachingState` frames, the last of which reaches the end."""
+
+    name: Name
+    digest: Digest
+
+
+class TeachingState(Message, frozen=True):
+    """Tensor: ``values`` [n] float32, from ``position`` on."""
+
+    lineage: Lineage
+    round: Number
+    position: Number
 
 
 # -- records -----------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter, check_adapter
 from nbrunner.blocks.adapters_wire import take_adapters
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import BadPeerDataError, PeerRefusedError
+from nbrunner.protocol.adapters import AdapterUse, PutAdapter
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import AdapterUse, PutAdapter
 
 PEERS = 4
 """How many peers can use all of their `Limits.adapter_bytes` at the same time."""

@@ -17,7 +17,8 @@ import numpy as np
 
 from nbrunner.blocks.cache import PAGE_TOKENS
 from nbrunner.protocol.frames import RawTensor
-from nbrunner.protocol.messages import CacheOp, OpenSession, Step
+from nbrunner.protocol.sessions import OpenSession
+from nbrunner.protocol.steps import CacheOp, Step
 
 
 @dataclass(frozen=True)

@@ -16,36 +16,24 @@ from nbrunner.blocks.adapters_wire import wire_name
 from nbrunner.blocks.edits import Edits, take_edits
 from nbrunner.blocks.passes import KeptPass, SpanGradient, SpanOutput, TooMuchToKeepError
 from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, PeerUnreachableError, UserInputError
+from nbrunner.protocol.adapters import (
+    AdapterOffered,
+    AdapterStored,
+    GetAdapter,
+    OfferAdapter,
+    PutAdapter,
+    WithdrawAdapter,
+)
 from nbrunner.protocol.credentials import Terms
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.measure import Measure
-from nbrunner.protocol.messages import (
-    AdapterOffered,
-    AdapterStored,
-    AnyMessage,
-    Attached,
-    AttachSession,
-    Backward,
-    BackwardResult,
-    Forward,
-    ForwardResult,
-    GetAdapter,
-    GetInfo,
-    HopTiming,
-    Info,
-    OfferAdapter,
-    OpenSession,
-    Ping,
-    Pong,
-    PutAdapter,
-    Queued,
-    Step,
-    SummedGradients,
-    TakeSum,
-    WithdrawAdapter,
-)
+from nbrunner.protocol.messages import AnyMessage
 from nbrunner.protocol.records import ServerRecord
+from nbrunner.protocol.requests import Backward, BackwardResult, Forward, ForwardResult, SummedGradients, TakeSum
+from nbrunner.protocol.sessions import Attached, AttachSession, OpenSession, Queued
+from nbrunner.protocol.status import GetInfo, Info, Ping, Pong
+from nbrunner.protocol.steps import HopTiming, Step
 from nbrunner.protocol.tensors import pack
 from nbrunner.server.adapters import take_checked
 from nbrunner.server.content import Content

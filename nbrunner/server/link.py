@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from nbrunner.errors import PeerError, PeerUnreachableError
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import Attached, AttachSession, Hop, Refused, Step
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.sessions import Attached, AttachSession
+from nbrunner.protocol.steps import Hop, Step
 from nbrunner.swarm.node import Node
 from nbrunner.swarm.streams import Stream
 

@@ -14,7 +14,7 @@ from nbrunner.blocks.measuring import join_layers, measure_states
 from nbrunner.errors import PeerRefusedError
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.measure import MAX_LENS_STATES, MEASURED, Measure, measured_bytes, problem_of
-from nbrunner.protocol.messages import Forward
+from nbrunner.protocol.requests import Forward
 from nbrunner.protocol.tensors import DTYPE_NAMES, pack, take
 from nbrunner.server.host import Host
 from nbrunner.server.inputs import CARRY, Inputs, sizes, take_inputs

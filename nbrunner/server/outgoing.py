@@ -12,9 +12,11 @@ import torch
 
 from nbrunner.errors import PeerError
 from nbrunner.protocol.frames import RawTensor
+from nbrunner.protocol.greeting import EIGHT_BITS
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import MAX_FRAME_BYTES
-from nbrunner.protocol.messages import EIGHT_BITS, AnyMessage, Captured, HopTiming, Step, StepFailed, StepResult
+from nbrunner.protocol.messages import AnyMessage
+from nbrunner.protocol.steps import Captured, HopTiming, Step, StepFailed, StepResult
 from nbrunner.protocol.tensors import pack, pack_8bit
 from nbrunner.server.inputs import windows
 from nbrunner.server.link import Link

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from nbrunner.blocks.adapters import BlockAdapter
 from nbrunner.blocks.adapters_wire import manifest_of
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
+from nbrunner.protocol.adapters import AdapterInfo, AdapterUse, OfferAdapter
 from nbrunner.protocol.manifests import encode_manifest, open_manifest, uid_of
-from nbrunner.protocol.messages import AdapterInfo, AdapterUse, OfferAdapter
 from nbrunner.server.adapters import AdapterStore
 
 MOST = 16

@@ -18,21 +18,10 @@ from nbrunner.errors import BadPeerDataError, PeerRefusedError, UserInputError
 from nbrunner.protocol.credentials import Terms
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.messages import (
-    CloseSession,
-    Draining,
-    HopTiming,
-    OpenSession,
-    Ping,
-    Pong,
-    Queued,
-    RefusalCode,
-    Relink,
-    Relinked,
-    SessionOpened,
-    Step,
-    StepFailed,
-)
+from nbrunner.protocol.refusals import RefusalCode
+from nbrunner.protocol.sessions import CloseSession, Draining, OpenSession, Queued, Relink, Relinked, SessionOpened
+from nbrunner.protocol.status import Ping, Pong
+from nbrunner.protocol.steps import HopTiming, Step, StepFailed
 from nbrunner.server.compute import Done
 from nbrunner.server.content import Content
 from nbrunner.server.inputs import sizes

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nbrunner.blocks.cache import PAGE_TOKENS, SpanCache
 from nbrunner.blocks.prefix import FrozenTokens, Prefix
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 from nbrunner.server.content import Content
 from nbrunner.server.transcript import Transcript
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nbrunner.protocol.messages import CacheOp, Hop, RefusalCode, Step
+from nbrunner.protocol.refusals import RefusalCode
+from nbrunner.protocol.steps import CacheOp, Hop, Step
 
 
 class PartRefusedError(Exception):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nbrunner.protocol.frames import RawTensor
-from nbrunner.protocol.messages import Step
+from nbrunner.protocol.steps import Step
 from nbrunner.server.content import Content
 from nbrunner.server.scheduler import Urgency
 from nbrunner.server.session_memory import SHARED_TOKENS

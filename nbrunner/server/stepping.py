@@ -13,7 +13,7 @@ from nbrunner.blocks.batching import SpanStep
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.passes import SpanOutput, outputs_on_host
 from nbrunner.protocol.frames import RawTensor
-from nbrunner.protocol.messages import Step
+from nbrunner.protocol.steps import Step
 from nbrunner.server.inputs import CARRY, Inputs, take_inputs
 from nbrunner.server.session_memory import SessionMemory
 from nbrunner.server.session_state import PartPlan

@@ -11,7 +11,7 @@ import torch
 
 from nbrunner.errors import PeerRefusedError
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import AdapterSum
+from nbrunner.protocol.requests import AdapterSum
 
 SECONDS = 120.0
 

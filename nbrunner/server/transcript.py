@@ -8,7 +8,7 @@ import torch
 
 from nbrunner.blocks.cache import buffer_tokens
 from nbrunner.blocks.prefix import Prefix
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 Buffers = dict[str, torch.Tensor]
 

@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 
 from nbrunner.errors import BadPeerDataError, PeerRefusedError, PeerUnreachableError
+from nbrunner.protocol.greeting import FEATURES, VERSION, Hello, Welcome
 from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.messages import FEATURES, VERSION, Hello, Refused, Welcome
+from nbrunner.protocol.refusals import Refused
 from nbrunner.swarm import shortcut
 from nbrunner.swarm.streams import Stream
 

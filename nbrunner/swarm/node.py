@@ -24,10 +24,11 @@ from nbrunner.errors import (
     UserInputError,
 )
 from nbrunner.protocol.credentials import Invite, SwarmKey, Terms, check_credential
+from nbrunner.protocol.greeting import FEATURES, STREAM, VERSION, Hello, Shortcut, Welcome
 from nbrunner.protocol.identity import Identity, short_peer
 from nbrunner.protocol.limits import MAX_RECORD_LIFETIME, Limits
-from nbrunner.protocol.messages import FEATURES, STREAM, VERSION, Hello, Refused, Shortcut, Welcome
 from nbrunner.protocol.records import ServerRecord, sign_record
+from nbrunner.protocol.refusals import Refused
 from nbrunner.protocol.together import TeachingRecord, sign_teaching
 from nbrunner.swarm import control, shortcut
 from nbrunner.swarm.daemon import Daemon, join, split_address, start_p2p

@@ -8,7 +8,8 @@ import time
 
 from nbrunner.errors import BadPeerDataError, PeerError, PeerUnreachableError
 from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.messages import Ping, Pong, Refused
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.status import Ping, Pong
 from nbrunner.swarm.greeting import refusal
 from nbrunner.swarm.node import Node
 from nbrunner.swarm.streams import Stream

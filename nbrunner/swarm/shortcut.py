@@ -19,7 +19,7 @@ import stat
 from functools import cache
 from pathlib import Path
 
-from nbrunner.protocol.messages import Shortcut
+from nbrunner.protocol.greeting import Shortcut
 from nbrunner.swarm.control import ControlError, delimited
 from nbrunner.swarm.daemon import FOLDER_PREFIX
 

@@ -18,9 +18,10 @@ from typing import cast
 from nbrunner.errors import BadPeerDataError, PeerUnreachableError
 from nbrunner.protocol.credentials import Terms
 from nbrunner.protocol.frames import PREFIX, RawTensor, check_prefix, decode_frame, encode_frame
+from nbrunner.protocol.greeting import Welcome
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import MAX_FRAME_BYTES
-from nbrunner.protocol.messages import AnyMessage, Welcome
+from nbrunner.protocol.messages import AnyMessage
 from nbrunner.swarm.control import ControlError, split_delimited
 
 SCRATCH_BYTES = 256 << 10

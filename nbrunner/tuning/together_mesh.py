@@ -15,20 +15,23 @@ import torch
 from nbrunner.errors import BadPeerDataError, NBRunnerError, PeerError, PeerRefusedError, UserInputError
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import Limits
-from nbrunner.protocol.messages import (
+from nbrunner.protocol.refusals import Refused
+from nbrunner.protocol.status import Ping, Pong
+from nbrunner.protocol.tensors import pack, take
+from nbrunner.protocol.together import (
+    MAX_PARTICIPANTS,
+    SLICE_VALUES,
     BeginRound,
     GetTeaching,
     GetTeachingState,
     JoinTeaching,
-    Ping,
-    Pong,
-    Refused,
+    Teaching,
     TeachingManifest,
     TeachingProgress,
+    TeachingRecord,
     TeachingState,
+    difference,
 )
-from nbrunner.protocol.tensors import pack, take
-from nbrunner.protocol.together import MAX_PARTICIPANTS, SLICE_VALUES, Teaching, TeachingRecord, difference
 from nbrunner.swarm.daemon import split_address
 from nbrunner.swarm.greeting import refusal
 from nbrunner.swarm.node import Node

@@ -19,8 +19,7 @@ import torch
 from nbrunner.errors import BadPeerDataError, PeerError
 from nbrunner.protocol.credentials import Invite
 from nbrunner.protocol.identity import short_peer
-from nbrunner.protocol.messages import BeginRound, TeachingProgress
-from nbrunner.protocol.together import TeacherState, Teaching
+from nbrunner.protocol.together import BeginRound, TeacherState, Teaching, TeachingProgress
 from nbrunner.swarm.node import Node
 from nbrunner.tuning.together_averaging import Averaged, Averaging, Group, movement, root_mean_square
 from nbrunner.tuning.together_channel import Outcome, Participant, Settings

@@ -17,7 +17,7 @@ from nbrunner.client.history import History
 from nbrunner.client.model import DistributedModel
 from nbrunner.client.remote import RemoteLayers
 from nbrunner.client.runner import Ahead, ForwardOutput, Gradients, Segment, Tape
-from nbrunner.protocol.messages import CacheOp
+from nbrunner.protocol.steps import CacheOp
 
 
 @dataclass(frozen=True)
