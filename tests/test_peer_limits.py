@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import wait_until
 from inprocess_swarm import InProcessSwarm
-from test_server_sessions import hidden, info, open_session, receive, run
+from server_client import hidden, info, open_session, receive, run
 
 from nbrunner.errors import PeerRefusedError
 from nbrunner.protocol.limits import Limits
