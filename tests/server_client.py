@@ -1,4 +1,4 @@
-"""A client that speaks the protocol to servers message by message, for the tests of what they answer."""
+"""Two real server processes with the bundled model, and a client that speaks the protocol to them by hand."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import itertools
 import secrets
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 
 import nbrunner
+from nbrunner.blocks.checkpoint import resolve_checkpoint
+from nbrunner.blocks.span import BlockSpan
 from nbrunner.errors import PeerRefusedError
+from nbrunner.protocol.credentials import Invite
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.messages import AnyMessage
 from nbrunner.protocol.refusals import Refused
@@ -32,6 +37,31 @@ WIDTH = 128
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     return EngineLoop.get().run(coroutine, 60)
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[nbrunner.LocalSwarm]:
+    with nbrunner.LocalSwarm("tiny", ["0:3", "3:8"]) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def node(swarm: nbrunner.LocalSwarm) -> Iterator[Node]:
+    node = run(Node.create(invite=Invite.parse(swarm.invite), client_mode=True))
+    yield node
+    run(node.close())
+
+
+@pytest.fixture(scope="module")
+def spans(tiny_path: Path) -> list[BlockSpan]:
+    torch.set_num_threads(1)
+    checkpoint = resolve_checkpoint("tiny")
+    return [BlockSpan.load(checkpoint, 0, 3), BlockSpan.load(checkpoint, 3, 8)]
+
+
+@pytest.fixture(scope="module")
+def uid() -> str:
+    return resolve_checkpoint("tiny").uid
 
 
 def hidden(tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from server_client import WIDTH, Client, eventually, hidden, open_session, receive, run
+from server_client import WIDTH, Client, eventually, hidden, node, open_session, receive, run, swarm, uid
 
 import nbrunner
 from nbrunner.errors import PeerRefusedError, PeerUnreachableError
@@ -23,7 +23,8 @@ from nbrunner.protocol.steps import Hop, Step, StepFailed, StepResult
 from nbrunner.protocol.tensors import pack
 from nbrunner.swarm.node import Node
 
-pytest_plugins = ["server_fixtures"]
+__all__ = ["node", "swarm", "uid"]
+
 pytestmark = pytest.mark.network
 
 

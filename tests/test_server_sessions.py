@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from server_client import WIDTH, Client, eventually, hidden, info, receive, run
+from server_client import WIDTH, Client, eventually, hidden, info, node, receive, run, spans, swarm, uid
 
 import nbrunner
 from nbrunner.blocks.span import BlockSpan
@@ -17,7 +17,8 @@ from nbrunner.protocol.steps import CacheOp, Captured
 from nbrunner.protocol.tensors import pack, take
 from nbrunner.swarm.node import Node
 
-pytest_plugins = ["server_fixtures"]
+__all__ = ["node", "spans", "swarm", "uid"]
+
 pytestmark = pytest.mark.network
 
 

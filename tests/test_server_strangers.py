@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server_client import WIDTH, hidden, open_session, receive, run
+from server_client import WIDTH, hidden, node, open_session, receive, run, swarm, uid
 from wire_messages import any_message
 
 import nbrunner
@@ -26,7 +26,8 @@ from nbrunner.protocol.steps import CacheOp, Captured, Hop, Step, StepFailed, St
 from nbrunner.protocol.tensors import pack
 from nbrunner.swarm.node import Node
 
-pytest_plugins = ["server_fixtures"]
+__all__ = ["node", "swarm", "uid"]
+
 pytestmark = pytest.mark.network
 
 

@@ -1,24 +1,16 @@
-"""Runs over two spans: the same as on the whole model here, paused, stopped, killed and gone on with."""
+"""Runs over two spans: the same as on the whole model here, paused, stopped and gone on with, and used."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import textwrap
-import threading
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
-from helpers import ROOT, wait_until
-from inprocess_swarm import InProcessSwarm, changed_results, spoiled
+from helpers import wait_until
+from inprocess_swarm import InProcessSwarm
 from tuning_models import (
     FACTS,
     REVIEWS,
@@ -30,83 +22,20 @@ from tuning_models import (
     tokenizer,
     two_spans,
 )
+from tuning_runs import PauseAt, begin
 
 import nbrunner
 from nbrunner.client.generation import GenerationRun
 from nbrunner.client.sampling import Sampling
-from nbrunner.errors import NBRunnerError, SessionError, TrainingError, UserInputError
+from nbrunner.errors import SessionError, UserInputError
 from nbrunner.tuning.hooks import Participant
-from nbrunner.tuning.run import TrainingRun
 from nbrunner.tuning.samples import answer
 from nbrunner.tuning.taught import TaughtModel
 from nbrunner.tuning.trainer import RunTrainer
 
-__all__ = ["distributed", "tokenizer", "two_spans"]
+__all__ = ["begin", "distributed", "tokenizer", "two_spans"]
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(180)]
-
-QUICK: dict[str, Any] = {"method": "prompt", "prompt_tokens": 4, "batch_size": 2, "max_steps": 6, "lr": 1e-2}
-
-
-@pytest.fixture
-def begin(tmp_path):
-    """Start runs that are ended afterwards."""
-    runs: list[TrainingRun] = []
-
-    def start(model: Any, data: Any = FACTS, **options: Any) -> TrainingRun:
-        folder = tmp_path / f"run{len(runs)}"
-        runs.append(nbrunner.finetune(model, data, out_dir=folder, **{**QUICK, **options}))
-        return runs[-1]
-
-    start.keep = runs.append  # type: ignore[attr-defined]
-    yield start
-    for run in runs:
-        run.stop()
-        run.control.wait_for(lambda state: state in ("done", "stopped", "failed"), 30)
-
-
-def hold_at(run: TrainingRun, step: int) -> None:
-    """Wait until so many steps are done, and no more are made."""
-    wait_until(lambda: run.step >= step or run.control.ended, 60, what=f"step {step} of {run}")
-    run.pause()
-    assert run.control.wait_for(lambda state: state == "paused", 30), run
-
-
-class PauseAt:
-    """A participant that pauses the run when some step is done."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.run = step, None
-        self.calls: list[str] = []
-
-    def begin(self, parameters: Any, step: int) -> None:
-        self.calls.append(f"begin {step}")
-
-    def before_step(self, parameters: Any, step: int, samples: int) -> None:
-        assert all(one.grad is not None for _, one in parameters)
-        self.calls.append(f"before {step} {samples}")
-
-    def after_step(self, parameters: Any, step: int, samples: int) -> None:
-        self.calls.append(f"after {step}")
-        if step == self.step:
-            wait_until(lambda: self.run is not None)
-            self.run.pause()
-
-    def complete(self, parameters: Any) -> None:
-        self.calls.append("complete")
-
-    def stops(self) -> None:
-        self.calls.append("stops")
-
-    def waits(self, paused: bool) -> None:
-        self.calls.append("waits" if paused else "goes on")
-
-    def end(self, parameters: Any) -> None:
-        self.calls.append("end")
-
-    def participants(self) -> list[Participant]:
-        return [Participant("me", "online", steps=3)]
-
 
 METHODS = {
     "prompt": {},
@@ -274,114 +203,6 @@ def test_stopped_and_gone_on_with_it_comes_to_the_same(begin, distributed, metho
     assert longer.result(60).steps == 9
 
 
-@pytest.fixture
-def short_folder():
-    """A temporary folder whose name leaves room for a socket's path, as `tmp_path` does not."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield folder
-
-
-def test_a_killed_process_loses_nothing(begin, distributed, two_spans, tmp_path, short_folder):
-    options = {**QUICK, "method": "lora", "max_steps": 12, "checkpoint_every": 2}
-    script = textwrap.dedent("""
-        import json, sys, nbrunner
-        model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(sys.argv[1], invite=sys.argv[2])
-        run = nbrunner.finetune(model, json.loads(sys.argv[3]), out_dir=sys.argv[4], **json.loads(sys.argv[5]))
-        run.result()
-    """)
-    folder = tmp_path / "killed"
-    arguments = [str(TINY), str(two_spans.invite), json.dumps(FACTS), str(folder), json.dumps(options)]
-    # a killed client leaves the folder of its daemon's socket; the next one that starts on the machine removes it
-    environment = {**os.environ, "TMPDIR": short_folder}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        done = lambda: len(list(folder.glob("checkpoint-*"))) > 1 or process.poll() is not None  # noqa: E731
-        wait_until(done, 90, what="two checkpoints")
-        assert process.poll() is None, process.stderr.read().decode()
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-    # joined anew, as after a restart; the first to join also removes what the killed process left behind
-    model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(TINY, invite=two_spans.invite)
-    try:
-        run = nbrunner.resume(folder, model)
-        begin.keep(run)
-        began = run.step
-        assert 2 <= began < 12
-        run.result(60)
-    finally:
-        model.close()
-    straight = begin(distributed, **options)
-    straight.result(60)
-    assert run.history["step"] == list(range(1, 13))
-    assert_same_losses(run, straight, within=1e-6)
-    assert_same_learned(run, straight, within=1e-5)
-
-
-@pytest.mark.parametrize("how", ["gone", "bad data"])
-def test_the_only_server_of_some_blocks_fails_and_another_comes(begin, tmp_path, how):
-    swarm = InProcessSwarm(TINY)
-    swarm.add(0, 4)
-    lost = swarm.add(4, 8)
-    model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(TINY, invite=swarm.invite, retry_budget=1.0)
-    try:
-        swarm.seen_by(model)
-        hook = PauseAt(2)
-        run = begin(model, hooks=[hook])
-        hook.run = run
-        run.control.wait_for(lambda state: state == "paused", 60)
-        with spoiled(lost, lambda hidden: hidden * float("nan")):
-            if how == "gone":
-                swarm.remove(lost)
-            run.resume()
-            with pytest.raises(TrainingError, match=r"paused before step 3: .*\[4, 8\)") as why:
-                run.result(60)
-        assert "checkpoint-000002" in str(why.value)
-        assert run.state == "paused"
-        assert run.history.marks[-1].kind == "error"
-        swarm.add(4, 8)
-        run.resume()
-        assert run.result(60).steps == 6
-        straight = begin(model)
-        straight.result(60)
-        assert_same_losses(run, straight, within=1e-6)
-        assert_same_learned(run, straight, within=1e-5)
-    finally:
-        model.close()
-        swarm.close()
-
-
-def test_a_server_without_memory_pauses_it_with_its_checkpoint(begin, distributed, two_spans):
-    hook = PauseAt(2)
-    run = begin(distributed, method="lora", hooks=[hook])
-    hook.run = run
-    run.control.wait_for(lambda state: state == "paused", 60)
-
-    def full(result: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with changed_results(two_spans.servers[1], full):
-        run.resume()
-        with pytest.raises(
-            TrainingError, match=r"paused before step 3: .*no memory for this request now; send fewer"
-        ):
-            run.result(60)
-        assert run.folder.last_checkpoint.name == "checkpoint-000002"
-        assert "checkpoint-000002" in run.progress.error
-    run.resume()
-    assert run.result(60).steps == 6
-    straight = begin(distributed, method="lora")
-    straight.result(60)
-    assert_same_losses(run, straight, within=1e-6)
-
-
 @pytest.mark.parametrize("method", ["lora", "prompt", "p-tuning", "deep-prompt"])
 def test_what_was_taught_generates_before_it_is_saved(begin, distributed, two_spans, tokenizer, method):
     hook = PauseAt(3)
@@ -450,54 +271,6 @@ def test_it_is_offered_used_by_others_and_withdrawn(begin, tmp_path, tokenizer):
         swarm.close()
 
 
-def test_a_loss_that_is_no_number_ends_it_with_its_checkpoint(begin, distributed):
-    hook = PauseAt(2)
-    run = begin(distributed, hooks=[hook])
-    hook.run = run
-    run.control.wait_for(lambda state: state == "paused", 60)
-    with torch.no_grad():
-        kept = run.parameters[0][1].clone()
-        run.parameters[0][1].fill_(float("inf"))
-    run.resume()
-    with pytest.raises(Exception, match=r"NaN or infinity|no number") as why:
-        run.result(60)
-    assert run.state == "failed"
-    assert run.step == 2
-    assert "checkpoint" in str(why.value)
-    again = nbrunner.resume(run.folder.path, distributed, lr=1e-3)
-    begin.keep(again)
-    again.control.wait_for(lambda state: state != "starting", 60)
-    assert again.result(60).steps == 6
-    assert torch.isfinite(kept).all()
-
-
-def test_awaited_and_interrupted(begin, distributed):
-    run = begin(distributed, max_steps=400)
-
-    async def wait() -> None:
-        task = asyncio.ensure_future(_wait(run))
-        await asyncio.sleep(0.5)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(wait())
-    assert run.control.wait_for(lambda state: state == "paused", 30)
-    run.resume()
-    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run.result(60)
-    timer.join()
-    assert run.control.wait_for(lambda state: state == "paused", 30)
-    run.stop()
-    assert asyncio.run(_wait(run)).state == "stopped"
-
-
-async def _wait(run: TrainingRun) -> Any:
-    return await run
-
-
 def test_two_runs_at_once_and_one_of_them_accumulates(begin, distributed):
     one, two = begin(distributed, max_steps=10), begin(distributed, max_steps=5, gradient_accumulation=3)
     one.result(60)
@@ -552,39 +325,6 @@ def test_what_the_notebook_draws_at_random_is_its_own(begin, distributed):
     torch.testing.assert_close(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"data": []}, "data is empty"),
-        ({"method": "classify"}, "row 0 of data has 'prompt', 'completion'; to classify"),
-        ({"method": "classify", "data": [{"text": "a", "label": 1}]}, "all rows have the label 1"),
-        ({"target_modules": ["q_proj"]}, "target_modules belong to LoRA"),
-        ({"adapter": "nowhere"}, "there is no PEFT adapter in nowhere"),
-        ({"method": "lora", "adapter": 3}, "adapter is int; give the directory of a PEFT adapter, or a run"),
-        ({"method": "lora", "adapter": "nowhere", "rank": 4}, "the adapter in nowhere has its own rank"),
-        (
-            {"prompt_tokens": 1024},
-            "a prompt of 1024 tokens leaves no room for a text: the model takes 1024",
-        ),
-        ({"data": ["a b c " * 800]}, r"row 0 of data has \d+ tokens, and the model takes 1020"),
-        ({"eval_data": ["a", 3]}, "row 1 of eval_data is int 3"),
-    ],
-)
-def test_what_is_wrong_is_said_before_anything_starts(distributed, tmp_path, options, words):
-    data = options.pop("data", FACTS)
-    with pytest.raises(UserInputError, match=words):
-        nbrunner.finetune(distributed, data, out_dir=tmp_path / "run", **{**QUICK, **options})
-    assert not (tmp_path / "run").exists()
-
-
-def test_modules_that_do_not_exist_are_answered_with_those_that_do(distributed, tmp_path):
-    options = {"method": "lora", "target_modules": ["q_proj", "query"], "out_dir": tmp_path / "run"}
-    with pytest.raises(
-        UserInputError, match="no module 'query' in this model's blocks; target_modules can be down_proj,"
-    ):
-        nbrunner.finetune(distributed, FACTS, **options)
-
-
 def test_lora_on_a_model_here(begin):
     run = begin(plain(), method="lora", rank=4, dropout=0.1, lr=1e-2, eval_data=FACTS)
     result = run.result(60)
@@ -594,13 +334,6 @@ def test_lora_on_a_model_here(begin):
     again = begin(plain(), method="lora", rank=4, dropout=0.1, lr=1e-2, eval_data=FACTS)
     again.result(60)
     assert_same_losses(run, again, within=0)  # dropout from the seed, whatever else is drawn
-
-
-def test_a_rank_over_the_limit_of_a_server_is_said(begin, distributed):
-    run = begin(distributed, method="lora", rank=300)
-    with pytest.raises(NBRunnerError, match=r"300.*256|256.*300"):
-        run.result(60)
-    assert run.state == "failed"
 
 
 def test_a_peft_model_is_trained_as_it_is(begin, distributed):
