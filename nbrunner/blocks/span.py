@@ -28,6 +28,7 @@ from .huge_pages import onto_huge_pages
 from .loading import as_dtype, load_span_model
 from .passes import KeptPass, Leaves, SavedBytes, SpanGradient, SpanOutput
 from .ropes import remembering_ropes
+from .span_inputs import check_cache, check_carry, check_differentiable, check_hidden, check_positions
 from .thin_products import ThinProducts
 
 
@@ -287,7 +288,7 @@ class BlockSpan:
         """
         start, end = self._range(start, end)
         self._check(hidden, None, attention_mask, position_ids, start, end, carry)
-        self._check_differentiable()
+        check_differentiable(self.model, self.device)
         saved = SavedBytes(self._weight_pointers, limit)
         with (
             self._lock,
@@ -406,50 +407,10 @@ class BlockSpan:
         end: int,
         carry: Mapping[int, Tensor] | None,
     ) -> None:
-        if hidden.ndim != 2 + len(self.hidden_shape) or tuple(hidden.shape[2:]) != self.hidden_shape:
-            raise UserInputError(
-                "a hidden state of this model has the shape [batch, tokens, "
-                f"{', '.join(map(str, self.hidden_shape))}], not {list(hidden.shape)}"
-            )
-        batch, tokens = hidden.shape[:2]
-        if not batch or not tokens:
-            raise UserInputError("a step needs at least one row and one token")
-        past = 0
-        if cache is not None:
-            past = cache.length
-            if not cache.start <= start < end <= cache.end:
-                raise UserInputError(
-                    f"blocks [{start}, {end}) are not inside the session's blocks [{cache.start}, {cache.end})"
-                )
-            rows = cache.batch_rows
-            if rows is not None and rows != batch:
-                raise UserInputError(f"the session has {rows} rows, the step {batch}")
-        if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + tokens):
-            raise UserInputError(
-                f"the attention mask has the shape {list(attention_mask.shape)}, not [{batch}, {past + tokens}]"
-            )
-        if position_ids is not None and (
-            position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens
-        ):
-            raise UserInputError(f"positions have the shape {list(position_ids.shape)}, not [{batch}, {tokens}]")
-        missing = self.carry_at(start) - set(carry or {})
-        if missing:
-            raise UserInputError(
-                f"block {start} of this model also takes part {min(missing)} of what block {start - 1} returned"
-            )
-
-    def _check_differentiable(self) -> None:
-        """Refuse 4-bit weights on a CPU: gradients would be silently wrong (measured: 99.7 % of them lost).
-
-        There bitsandbytes repacks the weights at the first forward without gradients, and its product for packed
-        weights has no backward, while the result still says that it has one.
-        """
-        if self.device.type == "cpu" and any(
-            type(module).__name__ == "Linear4bit" for module in self.model.modules()
-        ):
-            raise UserInputError(
-                "there are no gradients through 4-bit weights on a CPU; train over servers with other weights"
-            )
+        batch, tokens = check_hidden(hidden, self.hidden_shape)
+        past = 0 if cache is None else check_cache(cache, batch, start, end)
+        check_positions(attention_mask, position_ids, batch=batch, tokens=tokens, past=past)
+        check_carry(start, self.carry_at(start), carry)
 
     # -- running ---------------------------------------------------------------------------------------------------
 
