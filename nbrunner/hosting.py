@@ -43,8 +43,6 @@ POLL_SECONDS = 1.0
 READY_SECONDS = 900.0
 """For a server to be ready: it may have to download its blocks first."""
 
-_END_SECONDS = 35.0
-
 
 def serve(
     model: str = "tiny",

@@ -34,7 +34,6 @@ class Server:
 
     def __init__(self) -> None:
         self.node: Node = None  # type: ignore[assignment]
-        self.pings = 0
         self.silent = False
         self.refuses = False
 
@@ -48,7 +47,6 @@ class Server:
                 raise PeerRefusedError("not now", code="full")
             message, _ = await stream.receive()
             assert isinstance(message, Ping)
-            self.pings += 1
             if not self.silent:
                 await stream.send(Pong(message.nonce))
 

@@ -107,11 +107,6 @@ class Trace:
         """Who computed a state; None for state 0, which is made here."""
         return next((hop.peer for hop in self.hops if hop.start < layer <= hop.end), None)
 
-    def seconds_of(self, layer: int) -> float:
-        """Seconds of one block of the server that computed a state: its time divided by its blocks."""
-        hop = next((hop for hop in self.hops if hop.start < layer <= hop.end), None)
-        return hop.seconds / (hop.end - hop.start) if hop else 0.0
-
     def prob(self, token: int | str) -> Grid:
         """[L, P] probability of a chosen token in the lens."""
         probs: Grid = _chosen(self.chosen_probs)[..., self._index(token)]

@@ -101,15 +101,6 @@ async def register_handler(socket: str, protocol: str, listening: str) -> None:
     await _ask(socket, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=handler))
 
 
-async def unregister_handler(socket: str, protocol: str, listening: str) -> None:
-    """Undo `register_handler`: p2pd then refuses streams of the protocol."""
-    from hivemind.proto import p2pd_pb2
-    from hivemind.utils.multiaddr import Multiaddr
-
-    handler = p2pd_pb2.RemoveStreamHandlerRequest(addr=Multiaddr(f"/unix{listening}").to_bytes(), proto=[protocol])
-    await _ask(socket, p2pd_pb2.Request(type=p2pd_pb2.Request.REMOVE_STREAM_HANDLER, removeStreamHandler=handler))
-
-
 async def connect(socket: str, peer: str, addresses: Sequence[str]) -> None:
     """Connect to a peer at multiaddresses (without their ``/p2p/…`` part); `ControlError` if none works."""
     from hivemind.p2p import PeerID

@@ -133,13 +133,6 @@ class Directory:
         self._trips.forget(peer)
         self._rebuild()
 
-    def mark_answered(self, peer: str, seconds: float) -> None:
-        """A peer answered after so many seconds, computing not counted."""
-        self._trips.add(peer, seconds)
-        self._heard_at = time.monotonic()
-        self._forgive(peer)
-        self._rebuild()
-
     def mark_link_failed(self, near: str, far: str) -> None:
         """``near`` could not reach ``far``; for a while chains do not push from one to the other."""
         self._bad_links[near, far] = time.monotonic() + _LINK_SECONDS

@@ -18,8 +18,6 @@ from nbrunner.errors import SessionError
 T = TypeVar("T")
 State = Literal["starting", "running", "pausing", "paused", "stopping", "stopped", "done", "failed"]
 
-ENDED: frozenset[str] = frozenset({"stopped", "done", "failed"})
-
 _Job = tuple[Callable[[], Any], "concurrent.futures.Future[Any]"]
 
 

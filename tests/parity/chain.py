@@ -35,7 +35,6 @@ class LocalSession:
     edits: Edits | None = None
     adapter: SpanAdapter | None = None
     history: History = field(default_factory=History)
-    replays: int = 0
 
     def __post_init__(self) -> None:
         self.before: Any = None
@@ -86,7 +85,6 @@ class LocalSession:
         croppable = self.croppable
         self.history.apply([op])
         if op.kind == "crop" and not croppable:
-            self.replays += 1
             self.caches = self._new_caches()
             self._run(self.history.hidden, self.history.mask, self.history.positions, False)
             return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from nbrunner.blocks.architecture import find_layers, model_class
+from nbrunner.blocks.architecture import model_class
 from nbrunner.blocks.checkpoint import resolve_checkpoint
 from nbrunner.errors import UnsupportedModelError
 
@@ -282,8 +282,3 @@ def _difference(expected: Any, found: Any) -> float:
 def _short(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:140]}" if lines else type(error).__name__
-
-
-def blocks_of(folder: Path) -> int:
-    """How many blocks a saved model has, from the plain model."""
-    return len(find_layers(AutoModelForCausalLM.from_pretrained(folder)).layers)
