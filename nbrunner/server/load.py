@@ -21,8 +21,6 @@ MEMORY_SHARE = 0.7
 CACHE_SHARE = 0.5
 """Of the memory that is free once the blocks are loaded, what caches may take."""
 
-MOST_CACHE_BYTES = 1 << 50
-
 _WORTH_A_WORD = 10**9
 """Bytes of blocks from which on halving them is worth a word."""
 
