@@ -77,7 +77,7 @@ def test_small_layers_are_left_alone(tmp_path: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     span = BlockSpan.load(resolve_checkpoint(tmp_path), 0, 2, dtype="float32")
-    span.prepare_joined()
+    span.choose_products()
     assert span._thin.layers == []
 
 

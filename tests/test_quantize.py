@@ -64,7 +64,7 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", CPU_KINDS)
 def test_kernel_and_unpacked_weights_agree_and_are_close_to_the_original(kind: str, dtype: torch.dtype) -> None:
     layer, weight = made(kind, dtype)
-    assert off(layer.unpacked(), weight) < WORST[kind]
+    assert off(layer.unpacked(layer.dtype), weight) < WORST[kind]
     for rows in (1, 3, 40):
         x = torch.randn(2, rows, 96).to(dtype)
         layer.kernel_rows = 0
@@ -86,7 +86,7 @@ def test_the_gradient_is_that_of_the_unpacked_weights(kind: str) -> None:
         layer(x)  # bitsandbytes' 4-bit layers lose their gradient after this
     grad = torch.randn(5, 192)
     (found,) = torch.autograd.grad(layer(x), x, grad)
-    assert torch.allclose(found, grad @ layer.unpacked(), atol=1e-6)
+    assert torch.allclose(found, grad @ layer.unpacked(layer.dtype), atol=1e-6)
 
 
 def test_a_kernel_that_is_wrong_or_missing_is_not_used(
@@ -129,7 +129,7 @@ def test_a_span_computes_nearly_the_same_with_less_memory(llama: Path, kind: str
         for name, child in list(layer.named_children()):
             if isinstance(child, QuantLinear):
                 linear = nn.Linear(child.in_features, child.out_features, bias=False)
-                linear.weight = nn.Parameter(child.unpacked(), requires_grad=False)
+                linear.weight = nn.Parameter(child.unpacked(child.dtype), requires_grad=False)
                 setattr(layer, name, linear)
     exact = packed.backward(hidden, grad, adapter=adapter, adapter_grads=True)
     assert off(found.hidden, exact.hidden) < 1e-5

@@ -154,7 +154,9 @@ def test_through_quantised_servers(tokenizer: Any, kind: str, tmp_path: Any, mon
     reference = plain()
     packed = BlockSpan.load(resolve_checkpoint(TINY), 0, 8, dtype="float32", quantize=kind)
     linears = dict(reference.named_modules())
-    unpacked = {name: one.unpacked() for name, one in packed.model.named_modules() if isinstance(one, QuantLinear)}
+    unpacked = {
+        name: one.unpacked(one.dtype) for name, one in packed.model.named_modules() if isinstance(one, QuantLinear)
+    }
     assert len(unpacked) > 8
     for name, weight in unpacked.items():
         linears[name].weight.data.copy_(weight)

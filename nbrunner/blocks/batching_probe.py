@@ -34,7 +34,7 @@ _COARSE = 0.1
 
 def choose_joining(span: BlockSpan) -> Joining:
     """Try the layouts on some blocks of the span, the most general first. Takes some ten short steps."""
-    span.prepare_joined()
+    span.choose_products()
     if span.carry_at(span.start):
         return Joining()  # only a real predecessor can make the carry, so nothing can be tried
     end = _enough_blocks(span)

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UserInputError
 from .compat import Conv1D
+from .wide_products import rows_worth_widening
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class QuantLinear(nn.Module):
         """(dtype, shape) of each of those tensors."""
 
     @abstractmethod
-    def unpacked(self) -> Tensor:
-        """The weight [out_features, in_features] that the packed one stands for, in ``dtype``."""
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out_features, in_features] that the packed one stands for."""
 
     @abstractmethod
     def _kernel(self, rows: Tensor) -> Tensor:
@@ -141,8 +142,8 @@ class Int8Linear(QuantLinear):
     def forms(cls, in_features: int, out_features: int) -> dict[str, tuple[torch.dtype, Any]]:
         return {"packed": (torch.int8, (out_features, in_features)), "scales": (KERNEL_DTYPE, (out_features,))}
 
-    def unpacked(self) -> Tensor:
-        return self.packed.to(self.dtype) * self.scales[:, None].to(self.dtype)
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        return self.packed.to(dtype) * self.scales[:, None].to(dtype)
 
     def _kernel(self, rows: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(rows, self.packed, self.scales)
@@ -171,11 +172,11 @@ class Int4Linear(QuantLinear):
             "scales": (KERNEL_DTYPE, (in_features // GROUP, out_features, 2)),
         }
 
-    def unpacked(self) -> Tensor:
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
         groups = self.in_features // GROUP
         codes = _unpack(self.packed, self.in_features, _block_of_this_processor())
-        scales, zeros = self.scales.to(self.dtype).transpose(0, 1)[..., None].unbind(2)
-        grouped = codes.view(self.out_features, groups, GROUP).to(self.dtype) - 8
+        scales, zeros = self.scales.to(dtype).transpose(0, 1)[..., None].unbind(2)
+        grouped = codes.view(self.out_features, groups, GROUP).to(dtype) - 8
         return (grouped * scales + zeros).view(self.out_features, self.in_features)
 
     def _kernel(self, rows: Tensor) -> Tensor:
@@ -217,7 +218,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.linear.unpacked(), None
+        linear: QuantLinear = ctx.linear
+        dtype = _product_dtype(grad)
+        return (grad.to(dtype) @ linear.unpacked(dtype)).to(grad.dtype), None
 
 
 @torch.no_grad()
@@ -227,7 +230,7 @@ def choose_kernel_rows(linear: QuantLinear) -> int:
     Takes some 50 ms; the answer holds for layers of about this size.
     """
     most, generator = 0, torch.Generator().manual_seed(0)
-    weight = linear.unpacked()
+    weight = linear.unpacked(linear.dtype)
     for count in _TRIED_ROWS:
         rows = torch.randn(count, linear.in_features, generator=generator).to(KERNEL_DTYPE)
         try:
@@ -248,7 +251,14 @@ def choose_kernel_rows(linear: QuantLinear) -> int:
 
 
 def _unpacked_product(linear: QuantLinear, rows: Tensor) -> Tensor:
-    return rows @ linear.unpacked().t()
+    dtype = _product_dtype(rows)
+    return (rows.to(dtype) @ linear.unpacked(dtype).t()).to(rows.dtype)
+
+
+def _product_dtype(rows: Tensor) -> torch.dtype:
+    """In which many rows are multiplied faster on this processor (`nbrunner.blocks.wide_products`)."""
+    wide = rows.dtype == torch.bfloat16 and rows.shape[0] >= rows_worth_widening()
+    return torch.float32 if wide else rows.dtype
 
 
 def _seconds(run: Callable[[], object]) -> float:

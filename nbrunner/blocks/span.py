@@ -30,6 +30,7 @@ from .passes import KeptPass, Leaves, SavedBytes, SpanGradient, SpanOutput
 from .ropes import remembering_ropes
 from .span_inputs import check_cache, check_carry, check_differentiable, check_hidden, check_positions
 from .thin_products import ThinProducts
+from .wide_products import widen_products
 
 
 @dataclass
@@ -365,10 +366,12 @@ class BlockSpan:
         with self._lock:
             return kept.backward(grad_output, grad_carry)
 
-    def prepare_joined(self) -> None:
-        """Look how this machine computes joined passes best; once, in the thread that will compute."""
+    def choose_products(self) -> None:
+        """Look how this machine multiplies few rows and many best; once, in the thread that will compute."""
         if not self._thin.layers:
-            self._thin = ThinProducts(self._pruned.originals[self.start : self.end])
+            blocks = self._pruned.originals[self.start : self.end]
+            self._thin = ThinProducts(blocks)
+            widen_products(blocks)
 
     def linears(self, block: int) -> dict[str, Width]:
         """The linear modules inside a block that can be adapted: name → input and output features."""
