@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from nbrunner.protocol.steps import CacheOp
 from nbrunner.protocol.tensors import pack
 from nbrunner.server import gathering
 from nbrunner.server.compute import ComputeThread
-from nbrunner.server.host import Speed, gather_seconds
+from nbrunner.server.host import Host, Speed, gather_seconds
 from nbrunner.server.inputs import Form, sizes, take_inputs, windows
 from nbrunner.server.options import parse_blocks, parse_bytes
 from nbrunner.server.quotas import LONGEST_WAIT, MOST_IDLE_BUCKETS, Quotas, TokenBucket
@@ -352,6 +354,23 @@ def test_a_step_waits_for_those_of_other_sessions_and_for_nobody_if_there_are_no
 def test_a_step_waits_for_others_as_long_as_suits_it() -> None:
     waits = [gather_seconds(Speed(seconds, 1.0, 0.0, 1.0)) for seconds in (0.0, 0.001, 0.04, 10.0)]
     assert waits == [gathering.GATHER_SECONDS, gathering.GATHER_SECONDS, 0.005, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("device", "step_seconds", "row_tokens", "brief"),
+    [
+        ("cpu", 0.03, 1, True),
+        ("cpu", 0.03, 2, False),  # a few rows may take three times as long
+        ("cpu", 0.01, 16, True),
+        ("cpu", 0.06, 1, False),
+        ("meta", 0.001, 1, False),
+    ],
+)
+def test_what_the_event_loop_may_compute_itself(
+    device: str, step_seconds: float, row_tokens: int, brief: bool
+) -> None:
+    host: Any = SimpleNamespace(span=SimpleNamespace(device=torch.device(device)), step_seconds=step_seconds)
+    assert Host.is_brief(host, row_tokens) is brief
 
 
 def _fail() -> None:

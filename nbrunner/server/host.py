@@ -31,9 +31,13 @@ from nbrunner.server.waiting_room import WaitingRoom
 if TYPE_CHECKING:
     from nbrunner.swarm.node import Node
 
-BRIEF_SECONDS = 0.004
-"""Decode steps below this run in the event loop: handing one to the compute thread and back costs two wake-ups, and
-the thread wakes up on a core whose caches have forgotten it. Pings and other streams wait for so long at most."""
+BRIEF_SECONDS = 0.05
+"""Decode steps below this run in the event loop where nobody else is active: handing one to the compute thread and
+back costs two wake-ups, and the thread wakes up on a core whose caches have forgotten it. Pings and new streams wait
+for so long at most. Two servers of `mid`, with steps of 30 ms, decode at 0.93 of the local speed with it, 0.91 without."""
+
+_FEW_ROWS_LONGER = 3.0
+"""So many times as long as one row do up to 16 take at most, as measured."""
 
 _SMOOTHING = 0.2
 
@@ -139,10 +143,10 @@ class Host:
         """Of a decode step: as measured at the start, then as the last steps took."""
         return self._decode_seconds or self.speed.step_seconds
 
-    @property
-    def step_is_brief(self) -> bool:
-        """Whether a decode step may be run in the event loop itself (see `BRIEF_SECONDS`)."""
-        return self.span.device.type == "cpu" and self.step_seconds < BRIEF_SECONDS
+    def is_brief(self, row_tokens: int) -> bool:
+        """Whether a decode step of so many tokens × rows may be run in the event loop (see `BRIEF_SECONDS`)."""
+        longer = 1.0 if row_tokens == 1 else _FEW_ROWS_LONGER
+        return self.span.device.type == "cpu" and longer * self.step_seconds < BRIEF_SECONDS
 
     def take_speed(self, step_seconds: float, prefill_tokens_per_second: float) -> None:
         """Forget how fast the span was: it has been measured again."""

@@ -232,7 +232,7 @@ class ServerSession:
         )
         urgency = Urgency.DECODE if tokens * plan.batch <= DECODE_TOKENS else Urgency.PREFILL
         try:
-            brief = urgency is Urgency.DECODE and host.step_is_brief
+            brief = urgency is Urgency.DECODE and host.is_brief(tokens * plan.batch)
             done = await host.compute.submit_part(work, urgency, peer=peer, session=self.id, brief=brief)
         except BadPeerDataError:
             raise  # found before anything was changed
