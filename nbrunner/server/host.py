@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 BRIEF_SECONDS = 0.05
 """Decode steps below this run in the event loop where nobody else is active: handing one to the compute thread and
-back costs two wake-ups, and the thread wakes up on a core whose caches have forgotten it. Pings and new streams then
-wait for so long at most. Two servers of `mid`, with steps of 30 ms, decode at 0.93 of the local speed, and at 0.91
-without this."""
+back costs two wake-ups, and the thread wakes up on a core whose caches have forgotten it. Pings and new streams
+then wait for so long at most. Two servers of `mid`, with steps of 30 ms, decode at 0.93 of the local speed, and at
+0.91 without this."""
 
 _FEW_ROWS_LONGER = 3.0
 """So many times as long as one row do up to 16 take at most, as measured."""
