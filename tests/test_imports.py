@@ -97,6 +97,15 @@ def test_one_thread_imports_at_a_time_and_nothing_is_collected_meanwhile() -> No
     assert gc.isenabled()
 
 
+def test_what_was_imported_is_old_at_once() -> None:
+    made: list[list[int]] = []
+    with importing():
+        made.append([1])
+    old = {id(one) for one in gc.get_objects(generation=2)}
+    assert id(made[0]) in old
+    assert gc.get_freeze_count() == 0  # and yet not for ever: it can be collected
+
+
 def test_public_names_resolve() -> None:
     import nbrunner
 

@@ -21,7 +21,7 @@ from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.limits import Limits
 from nbrunner.protocol.steps import CacheOp
 from nbrunner.protocol.tensors import pack
-from nbrunner.server import gathering
+from nbrunner.server import compute, gathering
 from nbrunner.server.compute import ComputeThread
 from nbrunner.server.host import Host, Speed, gather_seconds
 from nbrunner.server.inputs import Form, sizes, take_inputs, windows
@@ -309,6 +309,27 @@ def test_parts_of_several_sessions_run_together_and_fail_apart() -> None:
         thread.close()
     assert passes[0] == [1, 1, 4, 32]  # the prompt's first piece beside the decode steps
     assert sum(map(sum, passes)) == 1 + 1 + 4 + 1 + 100
+
+
+def test_the_loop_stays_awake_for_a_lone_session_that_is_back_at_once() -> None:
+    thread = ComputeThread()
+    thread.serve_parts(run_fakes)
+
+    async def awake_after(session: str, away: float) -> bool:
+        for _ in range(3):
+            await asyncio.sleep(away)
+            await thread.submit_part(FakePart(lambda: None), Urgency.DECODE, peer="p", session=session, brief=True)
+        found = thread._awake_until > time.perf_counter() - compute.AWAKE_SECONDS
+        thread.session_ended(session)
+        return found
+
+    async def main() -> tuple[bool, bool]:
+        return await awake_after("quick", 0.0), await awake_after("slow", 5 * compute.AWAKE_SECONDS)
+
+    try:
+        assert asyncio.run(main()) == (True, False)
+    finally:
+        thread.close()
 
 
 def test_a_step_waits_for_those_of_other_sessions_and_for_nobody_if_there_are_none(
