@@ -33,7 +33,7 @@ REASONS = {
     "single row (122 ms and 58 on one core in float32). Serving the peers in turn would take most of the speed of "
     "the eight and give next to nothing to the one.",
     "decode": "A step of `mid` reads 800 MB of weights and is bound by the memory of a machine that others use "
-    "too: the same version gave 0.93 and 0.90 within an hour. Over two servers, each core has slept while the other "
+    "too: one version gave 0.93 and 0.90 within an hour. Over two servers, each core has slept while the other "
     "one computed: 8 blocks take 30.5 ms, where 16 take 58 in one process, and a message from one process to the "
     "next takes 0.6 ms.",
     "hop": "A step of `tiny8` is all overhead. Where there is one server, all that a client does for a step counts "
