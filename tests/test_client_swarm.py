@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -360,3 +363,28 @@ def test_issue_example() -> None:
         model.blocks[2:5](hidden).sum().backward()
         assert hidden.grad.shape == hidden.shape
         model.close()
+
+
+@pytest.mark.parametrize("ending", ["", "del model", "model.close()"])
+def test_a_script_leaves_nothing_whether_it_has_closed_its_model_or_not(
+    swarm: InProcessSwarm, folder: Path, ending: str
+) -> None:
+    """The engine is older than torch in such a script, and is closed after it."""
+    code = f"""
+import sys
+import nbrunner
+model = nbrunner.AutoDistributedModelForCausalLM.from_pretrained(sys.argv[1], invite=sys.argv[2])
+import torch
+model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1)
+{ending}
+"""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # short enough for sockets
+        ran = subprocess.run(
+            [sys.executable, "-c", code, str(folder), str(swarm.invite)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "TMPDIR": place},
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert list(Path(place).glob("nbrunner-*")) == []

@@ -98,6 +98,7 @@ def test_one_thread_imports_at_a_time_and_nothing_is_collected_meanwhile() -> No
 
 
 def test_what_was_imported_is_old_at_once() -> None:
+    gc.unfreeze()  # of commands that ran in this process
     made: list[list[int]] = []
     with importing():
         made.append([1])

@@ -13,6 +13,7 @@ from nbrunner.swarm.loop import EngineLoop
 from nbrunner.swarm.node import Node
 
 _open: dict[tuple[int, bytes], SwarmConnection] = {}
+_closing: set[asyncio.Task[None]] = set()
 _opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
 
 
@@ -71,6 +72,12 @@ class SwarmConnection:
         for key, connection in list(_open.items()):
             if connection is self:
                 del _open[key]
+        task = asyncio.create_task(self._close_node())
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+        await asyncio.shield(task)  # half closed, it would leave its daemon's files behind
+
+    async def _close_node(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await self.directory.close()
         await self.node.close()
@@ -92,4 +99,5 @@ def _lock_of(loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
 
 async def _close_all(loop: asyncio.AbstractEventLoop) -> None:
     still_open = [connection for (of, _), connection in _open.items() if of == id(loop)]
-    await asyncio.gather(*(connection._close() for connection in still_open))
+    halfway = [task for task in _closing if task.get_loop() is loop]
+    await asyncio.gather(*(connection._close() for connection in still_open), *halfway)

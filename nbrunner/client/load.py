@@ -59,7 +59,7 @@ def load_model(
     loaded = _load(checkpoint, task, dtype=dtype if dtype is not None else served, device=device)
     runner = SwarmRunner(connection, checkpoint.uid, num_blocks, served or loaded.dtype, options)
     loaded.attach(runner)
-    weakref.finalize(loaded, runner.release)
+    weakref.finalize(loaded, runner.release).atexit = False  # then the engine closes all that is open, and waits
     return loaded
 
 
