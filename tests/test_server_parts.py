@@ -377,6 +377,35 @@ def test_a_step_waits_for_others_as_long_as_suits_it() -> None:
     assert waits == [gathering.GATHER_SECONDS, gathering.GATHER_SECONDS, 0.005, 0.02]
 
 
+def test_a_step_does_not_wait_for_a_session_whose_prompt_waits_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is active, and known, but not away: its next piece comes after this step."""
+    monkeypatch.setattr(gathering, "ACTIVE_SECONDS", 120.0)
+    thread, pieces = ComputeThread(), []
+    thread.gathering.seconds = 120.0
+    thread.scheduler.piece_tokens = 8
+
+    def run(chosen: Sequence[tuple[FakePart, int]]) -> list[Exception | None]:
+        pieces.append([tokens for _, tokens in chosen])
+        return run_fakes(chosen)
+
+    thread.serve_parts(run)
+    prompt, step = FakePart(lambda: None, tokens=64, joins=None), FakePart(lambda: None, joins="steps")
+
+    async def main() -> None:
+        async with asyncio.timeout(30):
+            await asyncio.gather(
+                thread.submit_part(prompt, Urgency.PREFILL, peer="p", session="long"),
+                thread.submit_part(step, Urgency.DECODE, peer="p", session="short"),
+            )
+
+    try:
+        asyncio.run(main())
+    finally:
+        thread.close()
+    assert [1] in pieces
+    assert sum(map(sum, pieces)) == 65
+
+
 @pytest.mark.parametrize(
     ("device", "step_seconds", "row_tokens", "brief"),
     [

@@ -100,4 +100,4 @@ def _lock_of(loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
 async def _close_all(loop: asyncio.AbstractEventLoop) -> None:
     still_open = [connection for (of, _), connection in _open.items() if of == id(loop)]
     halfway = [task for task in _closing if task.get_loop() is loop]
-    await asyncio.gather(*(connection._close() for connection in still_open), *halfway)
+    await asyncio.gather(*(connection._close() for connection in still_open), *halfway, return_exceptions=True)

@@ -213,8 +213,9 @@ class ComputeThread:
         now = begin
         while True:
             with self._lock:
-                here = {job.session for job in self._waiting.values() if job.is_step}
-                until = self.gathering.until(here, begin, now) if here else now
+                steps = any(job.is_step for job in self._waiting.values())
+                here = {job.session for job in self._waiting.values() if job.part is not None}
+                until = self.gathering.until(here, begin, now) if steps else now
             if until <= now or self._closed:
                 return
             try:
@@ -245,15 +246,17 @@ class ComputeThread:
         ended = time.perf_counter()
         seconds = ended - began
         steps_only = all(job.urgency is Urgency.DECODE for job, _ in jobs)
-        with self._lock:
-            self.gathering.went({job.session for job, _ in jobs}, ended, seconds if steps_only else None)
-        unfinished = []
+        unfinished, finished = [], []
         for (job, _), problem in zip(jobs, problems, strict=True):
             job.compute += seconds
             if problem is None and job.part is not None and job.part.tokens:
                 unfinished.append(job)
             else:
-                job.answer(None, problem)
+                finished.append((job, problem))
+        with self._lock:  # before they are answered: the next step may be here at once
+            self.gathering.went([job.session for job, _ in finished], ended, seconds if steps_only else None)
+        for job, problem in finished:
+            job.answer(None, problem)
         return unfinished
 
     def _runner(self) -> PartRunner:

@@ -104,7 +104,7 @@ class Gathering:
         Parameters
         ----------
         here
-            Sessions with a decode step that waits.
+            Sessions of which something waits: a decode step of one of them at least.
         begin
             When the compute thread had nothing else to do.
         now
