@@ -76,7 +76,7 @@ def test_nothing_is_changed_where_it_is_not_faster(measured_anew: None, monkeypa
         wide_products._product: {64: 1.0, 128: 1.0},
         nn.functional.linear: {64: 1.0, 128: 1.2},
     }
-    monkeypatch.setattr(wide_products, "_seconds", lambda product, rows, _: seconds[product][rows.shape[0]])
+    monkeypatch.setattr(wide_products, "best_seconds", lambda run, _: seconds[run.func][run.args[0].shape[0]])
     assert rows_worth_widening() == 128
     rows_worth_widening.cache_clear()
     seconds[nn.functional.linear][128] = 1.1

@@ -12,9 +12,8 @@ bfloat16: an error of 0.4 %, beside that of the weights.
 from __future__ import annotations
 
 import logging
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserInputError
+from .best_time import best_seconds
 from .compat import Conv1D
 from .wide_products import rows_worth_widening
 
@@ -244,7 +244,8 @@ def choose_kernel_rows(linear: QuantLinear) -> int:
             logger.warning("torch's %s kernel is off by %.3f here: weights are unpacked", linear.kind, float(error))
             return 0
         plain = rows.to(linear.dtype)
-        if _seconds(partial(linear._kernel, rows)) > _seconds(partial(_unpacked_product, linear, plain)):
+        kernel, unpacked = partial(linear._kernel, rows), partial(_unpacked_product, linear, plain)
+        if best_seconds(kernel, _TRIES) > best_seconds(unpacked, _TRIES):
             break
         most = count
     return most
@@ -259,12 +260,3 @@ def _product_dtype(rows: Tensor) -> torch.dtype:
     """In which many rows are multiplied faster on this processor (`nbrunner.blocks.wide_products`)."""
     wide = rows.dtype == torch.bfloat16 and rows.shape[0] >= rows_worth_widening()
     return torch.float32 if wide else rows.dtype
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(_TRIES):
-        began = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - began)
-    return best

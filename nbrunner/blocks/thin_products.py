@@ -11,13 +11,14 @@ rows it is faster is measured when a server starts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from .best_time import best_seconds
 
 LEAST_WEIGHTS = 1 << 18
 """Smaller layers stay in the processor's caches, where nothing of this holds."""
@@ -107,10 +108,4 @@ def _plain_product(layer: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def _seconds(product: Callable[[nn.Linear, Tensor], Tensor], layers: Sequence[nn.Linear], rows: Tensor) -> float:
-    best = float("inf")
-    for _ in range(_TRIES):
-        began = time.perf_counter()
-        for layer in layers:
-            product(layer, rows)
-        best = min(best, time.perf_counter() - began)
-    return best
+    return best_seconds(lambda: [product(layer, rows) for layer in layers], _TRIES)

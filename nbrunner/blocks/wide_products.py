@@ -11,14 +11,15 @@ From how many rows on it is faster, if at all, is measured when a server starts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .best_time import best_seconds
 
 LEAST_WEIGHTS = 1 << 18
 """Smaller layers are little work in either way."""
@@ -43,10 +44,11 @@ def widen_products(blocks: Iterable[nn.Module]) -> list[nn.Linear]:
         Those that do.
     """
     layers = [module for block in blocks for module in block.modules() if _fits(module)]
-    if layers and rows_worth_widening() == NEVER:
+    least = rows_worth_widening() if layers else NEVER
+    if least == NEVER:
         return []
     for layer in layers:
-        layer.forward = _forward(layer, rows_worth_widening())  # type: ignore[assignment]
+        layer.forward = _forward(layer, least)  # type: ignore[assignment] # of this object only, as in thin_products
     return layers
 
 
@@ -70,7 +72,8 @@ def rows_worth_widening() -> int:
     weight = torch.randn(2 * _PIECE // _TRIED_WIDTH, _TRIED_WIDTH, generator=generator).to(torch.bfloat16)
     for count in _TRIED:
         rows = torch.randn(count, _TRIED_WIDTH, generator=generator).to(torch.bfloat16)
-        if _seconds(_product, rows, weight) < _GAIN * _seconds(nn.functional.linear, rows, weight):
+        wide, plain = partial(_product, rows, weight), partial(nn.functional.linear, rows, weight)
+        if best_seconds(wide, _TRIES) < _GAIN * best_seconds(plain, _TRIES):
             return count
     return NEVER
 
@@ -124,12 +127,3 @@ class _Product(torch.autograd.Function):
         for piece in _pieces(weight):
             found.addmm_(wide[:, piece], weight[piece].float())
         return found.to(grad.dtype), None
-
-
-def _seconds(product: Callable[[Tensor, Tensor], Tensor], rows: Tensor, weight: Tensor) -> float:
-    best = float("inf")
-    for _ in range(_TRIES):
-        began = time.perf_counter()
-        product(rows, weight)
-        best = min(best, time.perf_counter() - began)
-    return best
