@@ -1,4 +1,4 @@
-"""Products turned round: the same numbers, only in joined passes, only where this machine is faster that way."""
+"""Products turned round: the same numbers, only in joined and kept passes, only where that is faster here."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def test_the_same_product(biased: bool, shape: tuple[int, ...]) -> None:
     assert found.is_contiguous()
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_same_gradient(biased: bool) -> None:
+    layer = nn.Linear(96, 160, bias=biased).requires_grad_(False)
+    hidden, grad = torch.randn(2, 7, 96, requires_grad=True), torch.randn(2, 7, 160)
+    (ours,) = torch.autograd.grad(turned_product(layer, hidden), hidden, grad)
+    (plain,) = torch.autograd.grad(layer(hidden), hidden, grad)
+    torch.testing.assert_close(ours, plain)
+
+
 def test_only_in_here_and_only_for_these_numbers_of_rows(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
     block = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32, dtype=torch.bfloat16), nn.LayerNorm(32))
     products = ThinProducts([block])
@@ -63,12 +72,12 @@ def test_only_in_here_and_only_for_these_numbers_of_rows(always: None, monkeypat
 
 def test_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(product: Any, layers: Sequence[nn.Linear], rows: torch.Tensor) -> float:
-        return 1.0 if product is turned_product else {5: 0.9, 9: 3.0, 13: 2.0}[rows.shape[1]]
+        return 1.0 if product is turned_product else {5: 0.9, 9: 3.0, 13: 2.0, 24: 1.0, 64: 1.1}[rows.shape[1]]
 
     layers = [nn.Linear(512, 512) for _ in range(2)]
-    assert rows_worth_turning(layers) <= set(range(4, 16))  # whatever it is here
+    assert rows_worth_turning(layers) <= set(range(4, 96))  # whatever it is here
     monkeypatch.setattr(thin_products, "_seconds", seconds)
-    assert rows_worth_turning(layers) == set(range(8, 16))
+    assert rows_worth_turning(layers) == {*range(8, 16), *range(32, 96)}
 
 
 def test_small_layers_are_left_alone(tmp_path: Path) -> None:
@@ -79,6 +88,25 @@ def test_small_layers_are_left_alone(tmp_path: Path) -> None:
     span = BlockSpan.load(resolve_checkpoint(tmp_path), 0, 2, dtype="float32")
     span.choose_products()
     assert span._thin.layers == []
+
+
+def test_kept_passes_are_turned_and_have_the_same_gradients(
+    always: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span, hidden, grad = small(tmp_path), torch.randn(2, 7, 64), torch.randn(2, 7, 64)
+    plain = span.trace(hidden)
+    span.choose_products()
+    used: list[int] = []
+
+    def noted(layer: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        used.append(states.numel() // layer.in_features)
+        return turned_product(layer, states)
+
+    monkeypatch.setattr(thin_products, "turned_product", noted)
+    turned = span.trace(hidden)
+    assert used == [14] * 14  # the linear layers of two blocks
+    torch.testing.assert_close(turned.output.hidden, plain.output.hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(turned.backward(grad).hidden, plain.backward(grad).hidden, rtol=1e-5, atol=1e-5)
 
 
 def test_joined_steps_are_those_of_each_session_alone(always: None, tmp_path: Path) -> None:

@@ -296,6 +296,7 @@ class BlockSpan:
             torch.inference_mode(False),
             torch.enable_grad(),
             nullcontext() if limit is None else saved.counting(),
+            self._thin.turned(),
         ):
             leaves = Leaves.of(
                 hidden, carry or {}, adapter, device=self.device, dtype=self.dtype, adapter_grads=adapter_grads
