@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -331,6 +334,92 @@ def test_servers_of_the_same_blocks_share_a_batch(swarm: InProcessSwarm, ours: A
     with spoiled(one, lambda hidden: hidden) as some, spoiled(other, lambda hidden: hidden) as others:
         assert_same(wide_gradients(ours), wide_gradients(plain))
     assert (len(some), len(others)) == (4, 4)  # two of four groups each, forwards and backwards
+
+
+def test_later_servers_are_brought_adapters_meanwhile(
+    swarm: InProcessSwarm, ours: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first server answers nothing before the second has what it will need; what fails then is tried again."""
+    later = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+
+    def once_it_is_there(hidden: torch.Tensor) -> torch.Tensor:
+        wait_until(lambda: later.host.adapters.nbytes > 0, 20, what="the second server has the adapters")
+        return hidden
+
+    with spoiled(swarm.servers[0], once_it_is_there):
+        assert_same(gradients(ours), gradients(plain))
+    sender = base(ours).runner._requests.adapters
+    put, failed = sender._put, []
+
+    async def fails_at_first(peer: str, adapters: Any) -> None:
+        if peer == later.node.peer_id and not failed:
+            failed.append(peer)
+            raise PeerRefusedError("no room", peer=peer)
+        await put(peer, adapters)
+
+    monkeypatch.setattr(sender, "_put", fails_at_first)
+    for model in (ours, plain):
+        fill(model, seed=8)
+    assert_same(gradients(ours), gradients(plain))
+    assert failed
+    assert later.node.peer_id not in base(ours).swarm.directory.view.failed
+
+
+@pytest.mark.parametrize("how", ["cancelled", "an error of what follows"])
+def test_a_batch_that_is_stopped(
+    how: str, swarm: InProcessSwarm, ours: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it goes on: the servers are asked for no more, and the next batch is as always."""
+    server = swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    runner, begun, goes_on, seen = base(ours).runner, [], threading.Event(), []
+    begin = runner.begin
+    monkeypatch.setattr(runner, "begin", lambda *args, **kwargs: begun.append(begin(*args, **kwargs)) or begun[-1])
+
+    def waits(hidden: torch.Tensor) -> torch.Tensor:
+        assert goes_on.wait(30)
+        return hidden
+
+    def learn() -> None:
+        try:
+            wide_gradients(ours)
+        except (concurrent.futures.CancelledError, ZeroDivisionError) as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=learn)
+    if how == "cancelled":
+        with spoiled(server, waits) as used:
+            thread.start()
+            wait_until(lambda: bool(used), 20, what="the second server computes")
+            EngineLoop.get().cancel_thread(thread)
+            thread.join(20)
+            goes_on.set()
+    else:
+        head = base(ours).nbrunner_skeleton.remote.head
+        with monkeypatch.context() as patch:
+            patch.setattr(type(head), "begin", lambda *_: SimpleNamespace(follow=lambda *_: 1 / 0))
+            thread.start()
+            thread.join(20)
+    assert [type(error) for error in seen] == [
+        concurrent.futures.CancelledError if how == "cancelled" else ZeroDivisionError
+    ]
+    assert all(one.done() for one in begun[0]._forth)
+    assert any(one.cancelled() for one in begun[0]._forth)
+    assert_same(wide_gradients(ours), wide_gradients(plain))
+
+
+def test_some_rows_of_a_batch_twice(swarm: InProcessSwarm, ours: Any, plain: Any) -> None:
+    swarm.add(2, 4)
+    swarm.seen_by(base(ours))
+    found = []
+    for model in (ours, plain):
+        model.zero_grad()
+        logits = model(input_ids=WIDE, attention_mask=WIDE_MASK, use_cache=False).logits
+        logits[2:4].square().mean().backward(retain_graph=True)
+        logits[5].square().mean().backward()
+        found.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+    assert_same(*found)
 
 
 WIDE, WIDE_MASK = prompt(8, 48, seed=3), left_padded(8, 48)

@@ -142,6 +142,19 @@ def test_cancelling_what_another_thread_waits_for() -> None:
     engine.cancel_thread(threading.current_thread())  # waits for nothing: nothing happens
 
 
+def test_waiting_for_the_first_of_several() -> None:
+    engine, work = EngineLoop.get(), Work()
+    slow = engine.submit(work())
+    quick = engine.submit(asyncio.sleep(0, 3))
+    assert engine.wait_any([slow, quick]) is quick
+    assert not slow.done()
+    timer = threading.Timer(0.1, engine.cancel_thread, [threading.current_thread()])
+    timer.start()
+    assert engine.wait_any([slow]) is slow
+    assert slow.cancelled()
+    timer.join()
+
+
 def test_awaiting_from_another_loop() -> None:
     async def there() -> str:
         await asyncio.sleep(0.05)

@@ -1,8 +1,8 @@
 """Products of a few rows with large float32 matrices on a processor, the other way round where that is faster.
 
 A pass of several sessions' steps has some ten rows, and a group of a training batch 64. For so few, MKL is slow at
-``rows @ weight.T``, as ``nn.Linear`` asks for it, and ``(weight @ rows.T).T`` is the same. Measured on one core with
-AVX-512, 1024 → 2816, in ms:
+``rows @ weight.T``, as ``nn.Linear`` asks for it, and ``(weight @ rows.T).T`` is the same. Measured on one core
+with AVX-512, 1024 → 2816, in ms:
 
 =====================  ====  ====  ====  ====  ====  ====  ====  ====  =====
 rows                      1     4     8    16    32    64    96   128    256
@@ -11,11 +11,11 @@ as ``nn.Linear``       0.43  0.92  1.33  1.75  2.22  3.19  4.30  5.56   9.96
 turned round           0.43  0.99  1.01  1.01  1.47  2.69  3.70  5.15  11.16
 =====================  ====  ====  ====  ====  ====  ====  ====  ====  =====
 
-Weights packed beforehand for oneDNN would be as fast as that, and a second copy of them. In bfloat16 there is no such
-gap; the way back, ``grad @ weight``, is the fast one as it is.
+Weights packed beforehand for oneDNN would be as fast as that, and a second copy of them. In bfloat16 there is no
+such gap; the way back, ``grad @ weight``, is the fast one as it is.
 
-It rounds differently in the last bits, and is therefore left to joined passes, which do so anyhow, and to those that
-are kept for their gradients. For how many rows it is faster is measured when a server starts.
+It rounds differently in the last bits, and is therefore left to joined passes, which do so anyhow, and to those
+that are kept for their gradients. For how many rows it is faster is measured when a server starts.
 """
 
 from __future__ import annotations

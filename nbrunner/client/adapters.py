@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from nbrunner.blocks.adapters import BlockAdapter, SpanAdapter
 from nbrunner.blocks.adapters_wire import pack_adapters
@@ -13,6 +14,7 @@ from nbrunner.errors import BadPeerDataError, PeerRefusedError, SessionError, Us
 from nbrunner.protocol.adapters import AdapterStored, AdapterUse, PutAdapter
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import MAX_FRAME_BYTES, Limits
+from nbrunner.swarm.routing import PlannedHop
 
 FEATURE = "adapters"
 
@@ -74,6 +76,27 @@ class AdapterSender:
             for group in _frames(missing, limits):
                 await self._put(peer, group)
         return use
+
+    @contextmanager
+    def ahead(self, hops: Sequence[PlannedHop], adapter: SpanAdapter | None) -> Iterator[None]:
+        """In here all servers of a chain are sent what they lack, in order, while the first ones compute already.
+
+        What fails is left to `ensure` to say, when it is needed.
+        """
+        if adapter is None or len(hops) < 2:
+            yield
+            return
+
+        async def bring() -> None:
+            for hop in hops:
+                await self.ensure(hop.peer, adapter, hop.start, hop.end)
+
+        bringing = asyncio.ensure_future(bring())
+        bringing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            yield
+        finally:
+            bringing.cancel()
 
     def forget(self, peer: str) -> None:
         """A server says that it lacks what it should have: it was restarted, or had no room."""

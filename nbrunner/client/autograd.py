@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lora import Learned
-from nbrunner.client.runner import Ahead, BlockRunner, ForwardOutput
+from nbrunner.client.runner import Ahead, BlockRunner, ForwardOutput, GroupedPass, Grouping
 from nbrunner.errors import UserInputError
 
 
@@ -46,6 +47,7 @@ def run_blocks(
     capture: bool = False,
     edits: Edits | None = None,
     learned: Learned | None = None,
+    follow: Callable[[slice, torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """Run blocks ``[start, end)`` without caches, differentiably.
 
@@ -61,6 +63,8 @@ def run_blocks(
         Of states between the blocks, not of the first one, which the caller has in hand.
     learned
         Adapters of blocks; gradients reach their parameters.
+    follow
+        Called with rows and their output as groups of them come back, if the batch goes in several.
 
     Returns
     -------
@@ -75,6 +79,19 @@ def run_blocks(
     learned = learned and learned.within(start, end)
     if torch.is_grad_enabled() and (hidden.requires_grad or (learned is not None and learned.trains)):
         tensors = () if learned is None else tuple(learned.tensors.values())
+        if isinstance(runner, Grouping) and not capture:
+            begun = runner.begin(
+                hidden,
+                start,
+                end,
+                mask=mask,
+                positions=positions,
+                edits=edits,
+                adapter=None if learned is None else learned.named().adapter,
+                adapter_grads=any(tensor.requires_grad for tensor in tensors),
+                input_grad=hidden.requires_grad,
+            )
+            return _in_groups(begun, like, hidden, learned, tensors, follow), None
         output, *captured = _Blocks.apply(  # type: ignore[no-untyped-call]
             hidden, runner, start, end, mask, positions, capture, edits, learned and learned.named(), *tensors
         )
@@ -101,6 +118,67 @@ def no_gradient_through(hidden: torch.Tensor, output: torch.Tensor, learned: Lea
     return result
 
 
+def _in_groups(
+    begun: GroupedPass,
+    like: torch.Tensor,
+    hidden: torch.Tensor,
+    learned: Learned | None,
+    tensors: tuple[torch.Tensor, ...],
+    follow: Callable[[slice, torch.Tensor], None] | None,
+) -> torch.Tensor:
+    """The output of a batch, each group of which goes back as soon as its own gradient is known.
+
+    In autograd's graph all groups hang on one operation at their entry, which waits for them, by a scalar each.
+    """
+    names = () if learned is None else tuple(learned.tensors)
+    with begun:
+        entries: tuple[torch.Tensor, ...] = _Entry.apply(hidden, begun, names, *tensors)  # type: ignore[no-untyped-call]
+        outputs = list(entries)
+        for index in begun.arriving():
+            output: torch.Tensor = _Exit.apply(entries[index], begun, index)  # type: ignore[no-untyped-call]
+            outputs[index] = output.to(like)
+            if follow is not None and len(entries) > 1:
+                follow(begun.rows[index], outputs[index])
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+class _Entry(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        begun: GroupedPass,
+        names: tuple[tuple[int, str], ...],
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.begun, ctx.names = begun, names
+        ctx.likes = [(tensor.device, tensor.dtype) for tensor in tensors]
+        return tuple(torch.zeros(()) for _ in begun.rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[Any, ...]:
+        found = ctx.begun.gradients()
+        adapters = [
+            found.adapters[block][name].to(*like) if wanted else None
+            for (block, name), like, wanted in zip(ctx.names, ctx.likes, ctx.needs_input_grad[3:], strict=True)
+        ]
+        return (found.hidden if ctx.needs_input_grad[0] else None, None, None, *adapters)
+
+
+class _Exit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, entry: torch.Tensor, begun: GroupedPass, index: int) -> torch.Tensor:
+        ctx.begun, ctx.index = begun, index
+        return begun.output(index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.begun.send_back(ctx.index, grad)
+        return torch.zeros(()), None, None
+
+
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,7 +203,7 @@ class _Blocks(torch.autograd.Function):
             capture=capture,
             edits=edits,
             adapter=None if learned is None else learned.adapter,
-            ahead=Ahead(any(ctx.needs_input_grad[9:])),
+            ahead=None if capture else Ahead(any(ctx.needs_input_grad[9:])),
         )
         ctx.runner, ctx.start, ctx.tape = runner, start, result.tape
         ctx.learned = () if learned is None else tuple(learned.tensors)

@@ -21,6 +21,7 @@ from nbrunner.blocks.shadows import ShadowedLayers
 from nbrunner.blocks.skeleton import Skeleton, layers_are_replaced
 from nbrunner.client.blocks_view import RemoteBlocks
 from nbrunner.client.edits import Edit, Positions, compile_edits
+from nbrunner.client.head_ahead import HeadAhead
 from nbrunner.client.inputs import check_hidden, check_ids, check_length, check_mask, planned_length, position_limit
 from nbrunner.client.named_adapters import Offer, ServedAdapter
 from nbrunner.client.remote import LayersCall, RemoteLayers, current
@@ -366,6 +367,7 @@ class DistributedModel:
         skeleton = self.nbrunner_skeleton
         self._layers.omits_positions = _counts_positions(skeleton)
         self._layers.runner = runner
+        self._layers.head = HeadAhead.of(self)
         if isinstance(skeleton.layers, ShadowedLayers):
             self._layers.look_for_adapters(skeleton.layers)
         skeleton.base.register_forward_pre_hook(self._before_base, with_kwargs=True)

@@ -17,6 +17,7 @@ from nbrunner.blocks.lora import Learned, learned_in
 from nbrunner.blocks.shadows import ShadowedLayers
 from nbrunner.client.autograd import Composed, no_gradient_through, run_blocks
 from nbrunner.client.edits import Edit
+from nbrunner.client.head_ahead import HeadAhead
 from nbrunner.client.remote_cache import RemoteCache
 from nbrunner.client.runner import BlockRunner
 from nbrunner.errors import SessionError, UserInputError
@@ -119,6 +120,8 @@ class RemoteLayers(nn.Module):
         Who runs them; None once the model is closed.
     inserted : nn.ModuleList or None
         Modules of the user's that a path has between the blocks: here for ``parameters()`` and ``train()``.
+    head : HeadAhead or None
+        Runs norm and head on groups of a batch as they come.
     prompts : nn.Module or None
         A prompt for each block (`nbrunner.client.deep_prompts.DeepPrompts`).
     omits_positions : bool
@@ -132,6 +135,7 @@ class RemoteLayers(nn.Module):
         self.inserted: nn.ModuleList | None = None
         # in a tuple: as a module of this one it would contain itself
         self._shadows: tuple[ShadowedLayers, ...] = ()
+        self.head: HeadAhead | None = None
         self.prompts: nn.Module | None = None
         self.omits_positions = False
 
@@ -196,6 +200,7 @@ class RemoteLayers(nn.Module):
         learned: Learned | None,
     ) -> torch.Tensor:
         if cache is None:
+            ahead = self.head.begin(hidden.shape[0]) if self.head is not None else None
             output, call.captured = run_blocks(
                 runner,
                 hidden,
@@ -206,7 +211,10 @@ class RemoteLayers(nn.Module):
                 capture=call.capture,
                 edits=edits or None,
                 learned=learned,
+                follow=None if ahead is None else ahead.follow,
             )
+            if ahead is not None:
+                ahead.end()
             return output
         with torch.no_grad():
             output, captured = cache.step(

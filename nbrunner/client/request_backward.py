@@ -33,7 +33,7 @@ from nbrunner.client.request_tensors import (
 )
 from nbrunner.client.runner import Carry, Gradients, Kept, Pass, Segment, Tape
 from nbrunner.client.watch import note_pass
-from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError, SessionError
+from nbrunner.errors import BadPeerDataError, PeerError, PeerRefusedError
 from nbrunner.protocol.frames import RawTensor
 from nbrunner.protocol.identity import short_peer
 from nbrunner.protocol.limits import Limits
@@ -61,7 +61,7 @@ class _Ticket:
 
 
 @dataclass
-class _Summing:
+class Summing:
     """The sum that the groups of one batch share.
 
     Attributes
@@ -92,42 +92,14 @@ class BackwardRequests:
         tape: Tape,
         grad: torch.Tensor | None,
         captured: Mapping[int, torch.Tensor],
-        *,
         adapter_grads: bool,
         input_grad: bool,
+        summing: Summing | None,
     ) -> Gradients:
-        """As `nbrunner.client.runner.BlockRunner.backward`."""
+        """As `BlockRequests.backward`."""
         for one in (grad, *captured.values()):
             if one is not None:
                 check_finite(one, "the gradient")
-        if not tape.parts:
-            return await self._one(tape, grad, captured, adapter_grads, input_grad, None)
-        if grad is None:
-            raise SessionError("a pass of several parts has no inner states to go back from")
-        summing = _Summing() if adapter_grads else None
-        answers = await together(
-            self._one(one, grad[rows], {}, adapter_grads, input_grad, summing) for rows, one in tape.parts
-        )
-        sums = AdapterSums()
-        for answer in answers:
-            sums.add(answer.adapters)
-        if summing is not None and tape.adapter is not None:
-            for found in await self._fetch_sums(summing, tape.adapter):
-                sums.add(found)
-            sums.fill(tape.adapter)
-        inputs = [answer.hidden for answer in answers if answer.hidden is not None]
-        return Gradients(torch.cat(inputs) if input_grad else None, sums.found)
-
-    async def _one(
-        self,
-        tape: Tape,
-        grad: torch.Tensor | None,
-        captured: Mapping[int, torch.Tensor],
-        adapter_grads: bool,
-        input_grad: bool,
-        summing: _Summing | None,
-    ) -> Gradients:
-        """Of rows that went through the chain together."""
         carry: Carry = {}
         adapters = AdapterSums()
         # below the first block that learns something nobody needs a gradient
@@ -169,7 +141,7 @@ class BackwardRequests:
         grad: torch.Tensor,
         grad_carry: Carry,
         adapter_grads: bool,
-        summing: _Summing | None,
+        summing: Summing | None,
     ) -> SpanGradient:
         """One part, until somebody has answered."""
         retry = self._requests.retry(tape.adapter)
@@ -208,7 +180,7 @@ class BackwardRequests:
         grad: torch.Tensor,
         grad_carry: Carry,
         adapter_grads: bool,
-        summing: _Summing | None,
+        summing: Summing | None,
     ) -> SpanGradient:
         """Of a pass that its server has kept: only gradients travel."""
         requests = self._requests
@@ -230,7 +202,7 @@ class BackwardRequests:
         grad: torch.Tensor,
         grad_carry: Carry,
         adapter_grads: bool,
-        summing: _Summing | None,
+        summing: Summing | None,
     ) -> SpanGradient:
         """Of a pass that is run again from its inputs."""
         requests = self._requests
@@ -249,14 +221,14 @@ class BackwardRequests:
             answers.take(rows, request, result, answer)
         return answers.joined()
 
-    async def _fetch_sums(self, summing: _Summing, adapter: SpanAdapter) -> list[AdapterGrads]:
+    async def take_sums(self, summing: Summing, adapter: SpanAdapter) -> list[AdapterGrads]:
         """What servers have added up, each once."""
         by_place: dict[tuple[str, int, int], list[_Ticket]] = {}
         for ticket in summing.tickets:
             by_place.setdefault((ticket.peer, ticket.start, ticket.end), []).append(ticket)
         return await together(self._fetch_sum(summing, adapter, tickets) for tickets in by_place.values())
 
-    async def _fetch_sum(self, summing: _Summing, adapter: SpanAdapter, tickets: list[_Ticket]) -> AdapterGrads:
+    async def _fetch_sum(self, summing: Summing, adapter: SpanAdapter, tickets: list[_Ticket]) -> AdapterGrads:
         peer, start, end = tickets[0].peer, tickets[0].start, tickets[0].end
         wanted = adapter.within(start, end)
         sums = AdapterSums()
@@ -289,7 +261,7 @@ class _Answers:
         part: Segment,
         tape: Tape,
         adapter_grads: bool,
-        summing: _Summing | None,
+        summing: Summing | None,
         redo: Callable[[], Awaitable[SpanGradient]],
     ) -> None:
         self._peer, self._dtype, self._part, self._redo = peer, requests.dtype, part, redo

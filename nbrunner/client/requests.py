@@ -19,7 +19,7 @@ import torch
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.measuring import join_rows, measure_states
-from nbrunner.client.adapter_grads import beside_adapter, most_adapted
+from nbrunner.client.adapter_grads import AdapterGrads, beside_adapter, most_adapted
 from nbrunner.client.adapters import AdapterSender
 from nbrunner.client.candidates import SessionOptions
 from nbrunner.client.connection import SwarmConnection
@@ -31,8 +31,7 @@ from nbrunner.client.measuring import (
     most_layers,
     take_measured,
 )
-from nbrunner.client.micro_batches import Batch, micro_batches, together
-from nbrunner.client.request_backward import BackwardRequests
+from nbrunner.client.request_backward import BackwardRequests, Summing
 from nbrunner.client.request_retry import Retry
 from nbrunner.client.request_streams import Answer, RequestStreams
 from nbrunner.client.request_tensors import (
@@ -111,10 +110,18 @@ class BlockRequests:
         *,
         adapter_grads: bool = False,
         input_grad: bool = True,
+        summing: Summing | None = None,
     ) -> Gradients:
-        """As `nbrunner.client.runner.BlockRunner.backward`; errors as `forward`."""
+        """As `nbrunner.client.runner.BlockRunner.backward`; errors as `forward`.
+
+        With ``summing`` servers may keep the gradients of the adapter, for `take_sums`.
+        """
         back = BackwardRequests(self)
-        return await back.run(tape, grad, captured, adapter_grads=adapter_grads, input_grad=input_grad)
+        return await back.run(tape, grad, captured, adapter_grads, input_grad, summing)
+
+    async def take_sums(self, summing: Summing, adapter: SpanAdapter) -> list[AdapterGrads]:
+        """The gradients of an adapter that servers have added up over the groups of a batch."""
+        return await BackwardRequests(self).take_sums(summing, adapter)
 
     def retry(self, adapter: SpanAdapter | None) -> Retry:
         """For one part of a pass."""
@@ -156,35 +163,15 @@ class BlockRequests:
         """
         check_finite(hidden, "hidden states")
         extras = _Extras(mask, positions, capture, edits, adapter=adapter, ahead=None if capture else ahead)
-        batch = Batch(hidden.detach(), mask, positions, edits, adapter)
-        groups = [] if ahead is None or capture else micro_batches(batch, self._servers(start, end, adapter))
-        if len(groups) < 2:
-            return await self._one_forward(Segment(start, end, batch.hidden), extras)
-        outputs = await together(
-            self._one_forward(
-                Segment(start, end, part.hidden),
-                replace(extras, mask=part.mask, positions=part.positions, adapter=part.adapter),
-            )
-            for _, part in groups
-        )
-        parts = tuple((rows, output.tape) for (rows, _), output in zip(groups, outputs, strict=True))
-        return ForwardOutput(
-            torch.cat([output.hidden for output in outputs]),
-            None,
-            Tape((), mask, positions, edits, adapter, parts=parts),
-            tuple(done for output in outputs for done in output.passes),
-        )
-
-    async def _one_forward(self, entry: Segment, extras: _Extras) -> ForwardOutput:
-        way = await self._forward(entry, extras)
+        way = await self._forward(Segment(start, end, hidden.detach()), extras)
         return ForwardOutput(
             way.output.hidden,
-            way.captured if extras.capture else None,
-            Tape(tuple(way.segments), extras.mask, extras.positions, extras.edits, extras.adapter),
+            way.captured if capture else None,
+            Tape(tuple(way.segments), mask, positions, edits, adapter),
             tuple(way.passes),
         )
 
-    def _servers(self, start: int, end: int, adapter: SpanAdapter | None) -> int:
+    def servers(self, start: int, end: int, adapter: SpanAdapter | None) -> int:
         """How many servers could be busy with these blocks at the same time, as far as is known now."""
         options, uid = self.options, adapter.uid if adapter is not None else ""
         return sum(
@@ -267,7 +254,7 @@ class BlockRequests:
         retry = self.retry(extras.adapter)
         while at.start < entry.end:
             hops = await retry.plan(at.start, entry.end)
-            with self._giving(hops):
+            with self._giving(hops), self.adapters.ahead(hops, extras.adapter):
                 for hop in hops:
                     try:
                         limits = await self._streams.limits(hop.peer)

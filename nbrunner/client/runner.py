@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -109,10 +109,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Tape:
-    """A finished forward pass, as its backward pass needs it. ``watch``: who is told of that one too.
-
-    Where rows were run in groups, at the same time, ``parts`` has the tape of each, and there are no segments.
-    """
+    """A finished forward pass, as its backward pass needs it. ``watch``: who is told of that one too."""
 
     segments: tuple[Segment, ...]
     mask: torch.Tensor | None
@@ -120,7 +117,6 @@ class Tape:
     edits: Edits | None = None
     adapter: SpanAdapter | None = None
     watch: PassWatch | None = None
-    parts: tuple[tuple[slice, Tape], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,6 +196,51 @@ class ForwardOutput:
     tape: Tape
     passes: tuple[Pass, ...] = ()
     measured: dict[str, torch.Tensor] | None = None
+
+
+class GroupedPass(Protocol):
+    """A batch under way in groups of rows. Used as a context, an error inside stops it.
+
+    Attributes
+    ----------
+    rows
+        Of each group, in order.
+    """
+
+    rows: Sequence[slice]
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+    def arriving(self) -> Iterator[int]:
+        """The groups as they come back from the last block, each once; waits for them."""
+
+    def output(self, index: int) -> torch.Tensor:
+        """What left the last block of a group that has come."""
+
+    def send_back(self, index: int, grad: torch.Tensor) -> None:
+        """Begin the way back of a group, without waiting."""
+
+    def gradients(self) -> Gradients:
+        """Of all groups, once each was sent back; waits for them."""
+
+
+@runtime_checkable
+class Grouping(Protocol):
+    """A runner that can have groups of a batch under way at the same time."""
+
+    def begin(
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        *,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        edits: Edits | None,
+        adapter: SpanAdapter | None,
+        adapter_grads: bool,
+        input_grad: bool,
+    ) -> GroupedPass: ...
 
 
 class BlockRunner(Protocol):

@@ -14,9 +14,11 @@ from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lora import Learned
 from nbrunner.client.adapters import AdapterSender
+from nbrunner.client.batch_pass import BatchPass
 from nbrunner.client.candidates import SessionOptions
 from nbrunner.client.connection import SwarmConnection
 from nbrunner.client.measuring import MAX_ASKED_BYTES, LensSource, finish
+from nbrunner.client.micro_batches import Batch
 from nbrunner.client.named_adapters import NamedAdapters, Offer, ServedAdapter
 from nbrunner.client.requests import BlockRequests
 from nbrunner.client.runner import Ahead, ForwardOutput, Gradients, Tape
@@ -158,6 +160,25 @@ class SwarmRunner:
         )
         # in this thread, not in the engine's: looking through a lens takes its time
         return replace(output, measured=finish(parts, request, lens))
+
+    def begin(
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        *,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        edits: Edits | None,
+        adapter: SpanAdapter | None,
+        adapter_grads: bool,
+        input_grad: bool,
+    ) -> BatchPass:
+        """See `nbrunner.client.runner.Grouping`."""
+        batch = Batch(hidden.detach(), mask, positions, edits, adapter)
+        return BatchPass(
+            self._engine, self._requests, batch, start, end, adapter_grads=adapter_grads, input_grad=input_grad
+        )
 
     @property
     def has_lenses(self) -> bool:

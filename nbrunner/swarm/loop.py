@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 from nbrunner.errors import SessionError
@@ -22,7 +22,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _HEARTBEAT = 0.1  # seconds, see `wait_async`
-_CANCEL_GRACE = 2.0  # seconds that a cancelled coroutine has for its clean-up before the caller goes on
+CANCEL_GRACE = 2.0
+"""Seconds that a cancelled coroutine has for its clean-up before the caller goes on."""
 
 
 class EngineLoop:
@@ -85,15 +86,29 @@ class EngineLoop:
             raise SessionError(
                 "a blocking call was made on the engine's own thread, where it would wait for itself"
             )
-        me, future = threading.current_thread(), self.submit(coroutine)
+        return self.wait(self.submit(coroutine), timeout)
+
+    def wait(self, future: concurrent.futures.Future[T], timeout: float | None = None) -> T:
+        """Wait for what was submitted; not on the engine's own thread. Ctrl-C and a kernel interrupt cancel it."""
+        me = threading.current_thread()
         self._waiting[me] = future
         try:
             return wait_sync(future, timeout)
         finally:
             del self._waiting[me]
 
+    def wait_any(self, futures: Collection[concurrent.futures.Future[T]]) -> concurrent.futures.Future[T]:
+        """Wait for the first of several to be done; an interrupt, or `cancel_thread`, leaves the others running."""
+        me = threading.current_thread()
+        self._waiting[me] = next(iter(futures))
+        try:
+            done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+            return next(iter(done))
+        finally:
+            del self._waiting[me]
+
     def cancel_thread(self, thread: threading.Thread) -> None:
-        """Cancel what another thread waits for in `run`, if it does: `CancelledError` is raised there."""
+        """Cancel what another thread waits for in `run`, `wait` or `wait_any`: `CancelledError` is raised there."""
         future = self._waiting.get(thread)
         if future is not None:
             future.cancel()
@@ -139,7 +154,7 @@ def wait_sync(future: concurrent.futures.Future[T], timeout: float | None = None
         if not future.done():
             future.cancel()
             with contextlib.suppress(KeyboardInterrupt):
-                concurrent.futures.wait([future], _CANCEL_GRACE)
+                concurrent.futures.wait([future], CANCEL_GRACE)
         raise
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,32 @@ class LocalSession:
         return hidden, captured if capture else None
 
 
+class LocalBatch:
+    """A batch whose rows come back one by one, the last first; run at once, so that nothing rounds differently."""
+
+    def __init__(self, runner: LocalRunner, output: ForwardOutput, adapter_grads: bool) -> None:
+        self.rows = [slice(row, row + 1) for row in range(len(output.hidden))]
+        self._runner, self._output, self._adapter_grads = runner, output, adapter_grads
+        self._grad = torch.zeros_like(output.hidden)
+
+    def __enter__(self) -> LocalBatch:
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def arriving(self) -> Iterator[int]:
+        return reversed(range(len(self.rows)))
+
+    def output(self, index: int) -> torch.Tensor:
+        return self._output.hidden[self.rows[index]].clone()
+
+    def send_back(self, index: int, grad: torch.Tensor) -> None:
+        self._grad[self.rows[index]] = grad
+
+    def gradients(self) -> Gradients:
+        return self._runner.backward(self._output.tape, self._grad, {}, adapter_grads=self._adapter_grads)
+
+
 class LocalRunner:
     """Runs a model's blocks on spans in this process; what a swarm is to the client, without a network."""
 
@@ -207,6 +233,24 @@ class LocalRunner:
                 gradient = gradient + (tape.edits.pull_back(extra, segment.start) if tape.edits else extra)
         return Gradients(gradient, adapters)
 
+    def begin(
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        *,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        edits: Edits | None,
+        adapter: SpanAdapter | None,
+        adapter_grads: bool,
+        input_grad: bool,
+    ) -> LocalBatch:
+        output = self.forward(
+            hidden.detach(), start, end, mask=mask, positions=positions, edits=edits, adapter=adapter
+        )
+        return LocalBatch(self, output, adapter_grads)
+
     def close(self) -> None:
         self.sessions = []
 
@@ -226,5 +270,6 @@ def local_model(checkpoint: Checkpoint, split: int, task: str = "AutoModelForCau
     model = load_client_model(
         checkpoint, task, lambda blocks, _: RemoteLayers(blocks), dtype="float32", mixins=(DistributedModel,)
     )
+    model.requires_grad_(False)
     model.attach(LocalRunner(spans))
     return model
