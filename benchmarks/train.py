@@ -9,6 +9,7 @@ from benchmarks.models import checkpoint, local_model, remote_model
 from benchmarks.report import Report, Result, interleaved
 
 ROWS, TOKENS = 4, 64
+ROUNDS = 9
 METHODS = ("prompt tuning", "LoRA r 8")
 
 
@@ -27,7 +28,7 @@ def run() -> Report:
     ):
         for method in METHODS:
             learners = [_Learner(remote_model("mid", swarm.invite), method) for swarm in (one, two, both)]
-            seconds = interleaved([*(learner.step for learner in learners), locals_[method].step])
+            seconds = interleaved([*(learner.step for learner in learners), locals_[method].step], ROUNDS)
             ours, halves, wholes, theirs = (ROWS * TOKENS / one for one in seconds)
             results += [
                 Result(f"{method}, 1 server, of local", ours, "tokens/s", theirs, ours / theirs, 0.8),
