@@ -35,8 +35,8 @@ REASONS = {
     "decode": "A step of `mid` reads 800 MB of weights and is bound by the memory of a machine that others use "
     "too: one version gave 0.93 and 0.90 within an hour. Over two servers, each process sleeps while the other one "
     "computes: 8 blocks take 28.9 ms in one that goes on and 29.9 after 40 ms of rest, most of it in the first of "
-    "them, whose code has left the caches. (Running one block for nothing just before gives that back, for an "
-    "eighth more work: not done.) A message from one process to the next takes 0.6 ms.",
+    "them, whose code has left the caches (running one for nothing just before did not help). A message from one "
+    "process to the next takes 0.6 ms.",
     "hop": "A step of `tiny8` is all overhead. Where there is one server, all that a client does for a step counts "
     "for it: 0.5 ms of processor time. The rest is the server's: to take a part, check it and pass it on, with "
     "caches that have gone cold since the last step. It was 1.4 to 1.6 ms in the runs of one evening.",

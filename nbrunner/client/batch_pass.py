@@ -52,23 +52,22 @@ class BatchPass:
         self._tapes: dict[int, Tape] = {}
         self._summing: Summing | None = None
         self._back: dict[int, Future[Gradients]] = {}
-        with watching(self._watch):
-            self._forth: list[Future[ForwardOutput]] = [
-                engine.submit(
-                    requests.forward(
-                        part.hidden,
-                        start,
-                        end,
-                        mask=part.mask,
-                        positions=part.positions,
-                        capture=False,
-                        edits=part.edits,
-                        adapter=part.adapter,
-                        ahead=Ahead(adapter_grads),
-                    )
+        self._forth: list[Future[ForwardOutput]] = [
+            engine.submit(
+                requests.forward(
+                    part.hidden,
+                    start,
+                    end,
+                    mask=part.mask,
+                    positions=part.positions,
+                    capture=False,
+                    edits=part.edits,
+                    adapter=part.adapter,
+                    ahead=Ahead(adapter_grads),
                 )
-                for _, part in groups
-            ]
+            )
+            for _, part in groups
+        ]
 
     def __enter__(self) -> Self:
         return self

@@ -39,9 +39,8 @@ class BatchAhead:
         """Take what left the last block for a group, ``[rows, tokens, ...]``; run norm and head when it is time."""
         for joined, entry in self._due(rows, states):
             ids = torch.zeros(entry.shape[:2], dtype=torch.long, device=entry.device)
-            devices = [entry.device] if entry.device.type != "cpu" else []
             # the embedding of nothing may have a dropout, which must not take random numbers from anybody
-            with instead_of_layers(entry), torch.random.fork_rng(devices, device_type=entry.device.type):
+            with instead_of_layers(entry), torch.random.fork_rng([entry.device] if entry.is_cuda else []):
                 normed: Tensor = self._base(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
             self._add(joined, normed)
 
