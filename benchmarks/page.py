@@ -42,10 +42,10 @@ REASONS = {
     "caches that have gone cold since the last step. It was 1.4 to 1.6 ms in the runs of one evening.",
     "start": "Plain transformers needs as long by itself here, nearly all of it to import torch and transformers.",
     "train": "Servers of 8 blocks each work on four groups of 64 tokens, and wait for one group's time at each end "
-    "of both passes; a block runs 64 tokens at 0.83 of the speed of 256; and nobody has work while the client "
-    "follows the last group to the loss and back. One version gave 1.30 to 1.36 with prompt tuning and 1.26 to "
-    "1.35 with LoRA, in six runs of an evening. Servers that both have all 16 blocks take half of the batch each and "
-    "do not wait for one another.",
+    "of both passes; a block runs 64 tokens at 0.83 of the speed of 256; and nobody has work while the "
+    "client follows the last group to the loss and back. One version gave 1.30 to 1.36 with prompt tuning "
+    "and 1.26 to 1.35 with LoRA, in six runs of an evening. Servers that both have all 16 blocks take "
+    "half of the batch each and do not wait for one another.",
 }
 """Why a benchmark misses its line, shown under its table when it does."""
 
