@@ -404,8 +404,8 @@ def test_a_batch_that_is_stopped(
     assert [type(error) for error in seen] == [
         concurrent.futures.CancelledError if how == "cancelled" else ZeroDivisionError
     ]
-    assert all(one.done() for one in begun[0]._forth)
-    assert any(one.cancelled() for one in begun[0]._forth)
+    assert all(one.done() for one in begun[0]._forth.values())
+    assert any(one.cancelled() for one in begun[0]._forth.values())
     assert_same(wide_gradients(ours), wide_gradients(plain))
 
 

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lora import Learned
-from nbrunner.client.runner import Ahead, BlockRunner, ForwardOutput, GroupedPass, Grouping
+from nbrunner.client.micro_batches import Batch
+from nbrunner.client.runner import BlockRunner, ForwardOutput, GroupedPass, Grouping
 from nbrunner.errors import UserInputError
 
 
@@ -80,14 +81,11 @@ def run_blocks(
     if torch.is_grad_enabled() and (hidden.requires_grad or (learned is not None and learned.trains)):
         tensors = () if learned is None else tuple(learned.tensors.values())
         if isinstance(runner, Grouping) and not capture:
+            adapter = None if learned is None else learned.named().adapter
             begun = runner.begin(
-                hidden,
+                Batch(hidden.detach(), mask, positions, edits, adapter),
                 start,
                 end,
-                mask=mask,
-                positions=positions,
-                edits=edits,
-                adapter=None if learned is None else learned.named().adapter,
                 adapter_grads=any(tensor.requires_grad for tensor in tensors),
                 input_grad=hidden.requires_grad,
             )
@@ -203,7 +201,6 @@ class _Blocks(torch.autograd.Function):
             capture=capture,
             edits=edits,
             adapter=None if learned is None else learned.adapter,
-            ahead=None if capture else Ahead(any(ctx.needs_input_grad[9:])),
         )
         ctx.runner, ctx.start, ctx.tape = runner, start, result.tape
         ctx.learned = () if learned is None else tuple(learned.tensors)

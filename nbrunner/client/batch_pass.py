@@ -44,7 +44,7 @@ class BatchPass:
         adapter_grads: bool,
         input_grad: bool,
     ) -> None:
-        self._engine, self._requests, self._batch = engine, requests, batch
+        self._engine, self._requests, self._adapter = engine, requests, batch.adapter
         self._adapter_grads, self._input_grad = adapter_grads, input_grad
         groups = micro_batches(batch, requests.servers(start, end, batch.adapter))
         self.rows = [rows for rows, _ in groups]
@@ -52,8 +52,8 @@ class BatchPass:
         self._tapes: dict[int, Tape] = {}
         self._summing: Summing | None = None
         self._back: dict[int, Future[Gradients]] = {}
-        self._forth: list[Future[ForwardOutput]] = [
-            engine.submit(
+        self._forth: dict[int, Future[ForwardOutput]] = {
+            index: engine.submit(
                 requests.forward(
                     part.hidden,
                     start,
@@ -66,8 +66,8 @@ class BatchPass:
                     ahead=Ahead(adapter_grads),
                 )
             )
-            for _, part in groups
-        ]
+            for index, (_, part) in enumerate(groups)
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -76,19 +76,19 @@ class BatchPass:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            _stop([*self._forth, *self._back.values()])
+            _stop([*self._forth.values(), *self._back.values()])
 
     def arriving(self) -> Iterator[int]:
         """The groups as they come back from the last block, each once, whichever is first."""
-        left = {future: index for index, future in enumerate(self._forth)}
+        left = {future: index for index, future in self._forth.items()}
         while left:
             with waiting(self._watch):
                 index = left.pop(self._engine.wait_any(left))
             yield index
 
     def output(self, index: int) -> torch.Tensor:
-        """What left the last block of a group that has come."""
-        output = self._forth[index].result()
+        """What left the last block of a group that has come; it is not kept here."""
+        output = self._forth.pop(index).result()
         self._tapes[index] = output.tape
         return output.hidden
 
@@ -119,11 +119,10 @@ class BatchPass:
                 sums.add(answer.adapters)
                 if answer.hidden is not None:
                     inputs.append(answer.hidden)
-            adapter = self._batch.adapter
-            if summing is not None and adapter is not None:
-                for found in self._engine.run(self._requests.take_sums(summing, adapter)):
+            if summing is not None and self._adapter is not None:
+                for found in self._engine.run(self._requests.take_sums(summing, self._adapter)):
                     sums.add(found)
-                sums.fill(adapter)
+                sums.fill(self._adapter)
         return Gradients(torch.cat(inputs) if self._input_grad else None, sums.found)
 
 

@@ -81,7 +81,8 @@ class BatchAhead:
             self._states = states.new_empty(self._rows, *states.shape[1:])
             self.logits = states.new_empty(self._rows, *states.shape[1:-1], self._head.out_features)
         self._states[rows] = states.detach()
-        # .data: for autograd a tensor of its own, which the writing of the other pieces does not change
+        # .data: for autograd a tensor of its own, which the writing of the other pieces does not change; in a list,
+        # because what goes into an operation as a tensor cannot come out of it
         place = self.logits.data[rows]
         piece: Tensor = _Piece.apply(states, self._head, [place])  # type: ignore[no-untyped-call]
         self._pieces.append((rows, piece))

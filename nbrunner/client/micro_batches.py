@@ -7,11 +7,8 @@ groups. What it costs: on a CPU blocks of hidden 1024 run 64 rows at 0.83 of the
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import torch
 
@@ -22,8 +19,6 @@ GROUPS_PER_SERVER = 2
 
 LEAST_TOKENS = 64
 """Of a group: products with fewer rows use a processor badly."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,15 +53,3 @@ def micro_batches(batch: Batch, servers: int) -> list[tuple[slice, Batch]]:
     bounds = [rows * index // groups for index in range(groups + 1)]
     cuts = [slice(*pair) for pair in itertools.pairwise(bounds)]
     return [(one, batch.rows(one)) for one in cuts]
-
-
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, in order. The first error is raised once the others have been stopped."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

@@ -17,7 +17,7 @@ from nbrunner.blocks.lora import Learned, differentiable
 from nbrunner.client.autograd import run_blocks
 from nbrunner.client.path import BlockRun, Entry, parts_of
 from nbrunner.client.path_session import PathSession
-from nbrunner.client.runner import Ahead, BlockRunner, ForwardOutput, Gradients, Pass, Segment, Tape
+from nbrunner.client.runner import BlockRunner, ForwardOutput, Gradients, Pass, Segment, Tape
 from nbrunner.errors import SessionError, UserInputError
 from nbrunner.protocol.measure import Measure
 
@@ -145,7 +145,6 @@ class PathRunner:
         capture: bool = False,
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
-        ahead: Ahead | None = None,
         measure: Measure | None = None,
         lens: Callable[[], Lens] | None = None,
     ) -> ForwardOutput:

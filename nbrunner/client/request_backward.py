@@ -7,21 +7,21 @@ added up is counted: if a server does not have exactly what it should, its part 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.passes import SpanGradient
 from nbrunner.client.adapter_grads import AdapterGrads, AdapterSums, beside_adapter, take_adapter_grads
-from nbrunner.client.micro_batches import together
 from nbrunner.client.request_tensors import (
     check_finite,
     edit_tensors,
@@ -43,6 +43,7 @@ from nbrunner.protocol.tensors import take
 if TYPE_CHECKING:
     from nbrunner.client.requests import BlockRequests
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 SUMS = "sums"
@@ -226,7 +227,7 @@ class BackwardRequests:
         by_place: dict[tuple[str, int, int], list[_Ticket]] = {}
         for ticket in summing.tickets:
             by_place.setdefault((ticket.peer, ticket.start, ticket.end), []).append(ticket)
-        return await together(self._fetch_sum(summing, adapter, tickets) for tickets in by_place.values())
+        return await _together(self._fetch_sum(summing, adapter, tickets) for tickets in by_place.values())
 
     async def _fetch_sum(self, summing: Summing, adapter: SpanAdapter, tickets: list[_Ticket]) -> AdapterGrads:
         peer, start, end = tickets[0].peer, tickets[0].start, tickets[0].end
@@ -310,3 +311,15 @@ class _Answers:
             ticket = _Ticket(self._peer, part.start, part.end, frozenset(self._summed), self._redo)
             self._summing.tickets.append(ticket)
         return SpanGradient(torch.cat(self._hidden), dict(join_carries(self._carry)), self._adapters.found)
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, in order. The first error is raised once the others have been stopped."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

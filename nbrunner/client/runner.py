@@ -11,6 +11,7 @@ import torch
 from nbrunner.blocks.adapters import SpanAdapter
 from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.lens import Lens
+from nbrunner.client.micro_batches import Batch
 from nbrunner.protocol.measure import Measure
 from nbrunner.protocol.steps import CacheOp
 
@@ -228,19 +229,8 @@ class GroupedPass(Protocol):
 class Grouping(Protocol):
     """A runner that can have groups of a batch under way at the same time."""
 
-    def begin(
-        self,
-        hidden: torch.Tensor,
-        start: int,
-        end: int,
-        *,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        edits: Edits | None,
-        adapter: SpanAdapter | None,
-        adapter_grads: bool,
-        input_grad: bool,
-    ) -> GroupedPass: ...
+    def begin(self, batch: Batch, start: int, end: int, *, adapter_grads: bool, input_grad: bool) -> GroupedPass:
+        """Send a batch into blocks ``[start, end)``; says which gradients will be wanted."""
 
 
 class BlockRunner(Protocol):
@@ -278,7 +268,6 @@ class BlockRunner(Protocol):
         capture: bool = False,
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
-        ahead: Ahead | None = None,
         measure: Measure | None = None,
         lens: Callable[[], Lens] | None = None,
     ) -> ForwardOutput:
@@ -291,8 +280,6 @@ class BlockRunner(Protocol):
             what is measured, and left to the caller to make in ``hidden``.
         adapter
             Of these blocks, by their numbers.
-        ahead
-            What backward pass will follow, so that it can be prepared.
         measure
             What to measure of states ``start + 1`` to ``end``, and of state 0; not together with ``capture``.
         lens

@@ -21,7 +21,7 @@ from nbrunner.client.measuring import MAX_ASKED_BYTES, LensSource, finish
 from nbrunner.client.micro_batches import Batch
 from nbrunner.client.named_adapters import NamedAdapters, Offer, ServedAdapter
 from nbrunner.client.requests import BlockRequests
-from nbrunner.client.runner import Ahead, ForwardOutput, Gradients, Tape
+from nbrunner.client.runner import ForwardOutput, Gradients, Tape
 from nbrunner.client.session import ChainSession
 from nbrunner.client.travel import StepOutput
 from nbrunner.client.watch import current_watch, waiting
@@ -119,7 +119,6 @@ class SwarmRunner:
         capture: bool = False,
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
-        ahead: Ahead | None = None,
         measure: Measure | None = None,
         lens: LensSource | None = None,
         limit: int = MAX_ASKED_BYTES,
@@ -138,7 +137,6 @@ class SwarmRunner:
                         capture=capture,
                         edits=edits,
                         adapter=adapter,
-                        ahead=ahead,
                     )
                 )
             # autograd runs the way back of a GPU's graph in a thread of its own, which has no context of ours
@@ -161,21 +159,8 @@ class SwarmRunner:
         # in this thread, not in the engine's: looking through a lens takes its time
         return replace(output, measured=finish(parts, request, lens))
 
-    def begin(
-        self,
-        hidden: torch.Tensor,
-        start: int,
-        end: int,
-        *,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        edits: Edits | None,
-        adapter: SpanAdapter | None,
-        adapter_grads: bool,
-        input_grad: bool,
-    ) -> BatchPass:
+    def begin(self, batch: Batch, start: int, end: int, *, adapter_grads: bool, input_grad: bool) -> BatchPass:
         """See `nbrunner.client.runner.Grouping`."""
-        batch = Batch(hidden.detach(), mask, positions, edits, adapter)
         return BatchPass(
             self._engine, self._requests, batch, start, end, adapter_grads=adapter_grads, input_grad=input_grad
         )

@@ -14,9 +14,10 @@ from nbrunner.blocks.edits import Edits
 from nbrunner.blocks.skeleton import load_client_model
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.client.history import History
+from nbrunner.client.micro_batches import Batch
 from nbrunner.client.model import DistributedModel
 from nbrunner.client.remote import RemoteLayers
-from nbrunner.client.runner import Ahead, ForwardOutput, Gradients, Segment, Tape
+from nbrunner.client.runner import ForwardOutput, Gradients, Segment, Tape
 from nbrunner.protocol.steps import CacheOp
 
 
@@ -177,7 +178,6 @@ class LocalRunner:
         capture: bool = False,
         edits: Edits | None = None,
         adapter: SpanAdapter | None = None,
-        ahead: Ahead | None = None,
     ) -> ForwardOutput:
         segments, captured = [], []
         carry: Mapping[int, torch.Tensor] = {}
@@ -233,21 +233,15 @@ class LocalRunner:
                 gradient = gradient + (tape.edits.pull_back(extra, segment.start) if tape.edits else extra)
         return Gradients(gradient, adapters)
 
-    def begin(
-        self,
-        hidden: torch.Tensor,
-        start: int,
-        end: int,
-        *,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        edits: Edits | None,
-        adapter: SpanAdapter | None,
-        adapter_grads: bool,
-        input_grad: bool,
-    ) -> LocalBatch:
+    def begin(self, batch: Batch, start: int, end: int, *, adapter_grads: bool, input_grad: bool) -> LocalBatch:
         output = self.forward(
-            hidden.detach(), start, end, mask=mask, positions=positions, edits=edits, adapter=adapter
+            batch.hidden,
+            start,
+            end,
+            mask=batch.mask,
+            positions=batch.positions,
+            edits=batch.edits,
+            adapter=batch.adapter,
         )
         return LocalBatch(self, output, adapter_grads)
 
