@@ -48,6 +48,24 @@ def test_values_stay() -> None:
 
 
 @pytest.mark.usefixtures("plenty")
+def test_rows_of_whole_pages_are_laid_apart_and_others_are_not() -> None:
+    """Such rows fall into the same lines of a cache. Those of bfloat16 are packed anyhow."""
+    module = nn.Module()
+    module.pages = nn.Linear(1024, 512)
+    module.narrow = nn.Linear(1000, 512)
+    module.short = nn.Linear(2048, 512, dtype=torch.bfloat16)
+    module.scale = nn.Parameter(torch.tensor(2.0))
+    rows = torch.randn(3, 1024)
+    expected = module.pages(rows)
+    onto_huge_pages(module)
+    assert module.pages.weight.stride() == (1040, 1)
+    assert module.narrow.weight.is_contiguous()
+    assert module.short.weight.is_contiguous()
+    assert module.scale.item() == 2.0
+    torch.testing.assert_close(module.pages(rows), expected)
+
+
+@pytest.mark.usefixtures("plenty")
 def test_memory_lives_as_long_as_a_weight() -> None:
     module = Tied()
     expected = module.b.weight.detach().clone()
