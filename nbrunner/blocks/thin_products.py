@@ -12,7 +12,7 @@ turned round           0.43  0.99  1.01  1.01  1.47  2.69  3.70  5.15  11.16
 =====================  ====  ====  ====  ====  ====  ====  ====  ====  =====
 
 Weights packed beforehand for oneDNN would be as fast as that, and a second copy of them. In bfloat16 there is no
-such gap; the way back, ``grad @ weight``, is the fast one as it is.
+such gap; the way back, ``grad @ weight``, is the fast one as it is (and see `nbrunner.blocks.huge_pages`).
 
 It rounds differently in the last bits, and is therefore left to joined passes, which do so anyhow, and to those
 that are kept for their gradients. For how many rows it is faster is measured when a server starts.
