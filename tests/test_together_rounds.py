@@ -10,7 +10,7 @@ import time
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nbrunner.errors import BadPeerDataError, UserInputError
@@ -28,6 +28,7 @@ from nbrunner.protocol.together import (
 from nbrunner.tuning.together_averaging import movement, root_mean_square
 from nbrunner.tuning.together_channel import Done, Note, Outcome, encode, read, reader
 from nbrunner.tuning.together_rounds import (
+    LEAST_CLAIM,
     WEIGHT_RATIO,
     View,
     better_lineage,
@@ -127,12 +128,17 @@ def test_weights_are_samples_within_a_ratio() -> None:
 
 
 @given(st.lists(st.floats(0, 1e15), min_size=1, max_size=64))
+@example([5e-324])
+@example([5e-324, 8.0])
 def test_weights_of_a_stranger_never_divide_by_nothing(claimed: list[float]) -> None:
     used = capped(claimed)
     assert all(one > 0 for one in used)
-    positive = [one for one in claimed if one > 0]
+    assert max(used) <= 1001 * min(used)
+    positive = [one for one in claimed if one >= LEAST_CLAIM]
     if positive:
         assert max(used) <= WEIGHT_RATIO * statistics.median_low(positive)
+    else:
+        assert set(used) == {1.0}
 
 
 def test_which_beginning_wins() -> None:

@@ -21,6 +21,9 @@ WEIGHT_RATIO = 10.0
 
 _SMALLEST_WEIGHT = 1e-3  # of the largest: a group in which only those of weight 0 are left has no average
 
+LEAST_CLAIM = 1e-6
+"""Less is taken for nothing: a sample counts 1, and the products of the smallest floats are 0."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -101,8 +104,8 @@ def weights(fresh: Sequence[int]) -> list[float]:
 def capped(claimed: Sequence[float], most: float | None = None) -> list[float]:
     """Weights as they are used, whoever they came from."""
     if most is None:
-        positive = [one for one in claimed if one > 0]
-        most = WEIGHT_RATIO * statistics.median_low(positive) if positive else 1.0
+        positive = [one for one in claimed if one >= LEAST_CLAIM]
+        most = WEIGHT_RATIO * statistics.median_low(positive) if positive else 0.0
     used = [min(one, most) for one in claimed]
     least = max(used, default=0.0) * _SMALLEST_WEIGHT or 1.0
     return [max(one, least) for one in used]
