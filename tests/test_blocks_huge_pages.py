@@ -48,8 +48,8 @@ def test_values_stay() -> None:
 
 
 @pytest.mark.usefixtures("plenty")
-def test_rows_of_whole_pages_are_laid_apart_and_others_are_not() -> None:
-    """Such rows fall into the same lines of a cache. Those of bfloat16 are packed anyhow."""
+def test_rows_of_4_kb_are_laid_apart_and_others_are_not() -> None:
+    """Such rows fall into the same lines of a cache. In bfloat16 little would be gained."""
     module = nn.Module()
     module.pages = nn.Linear(1024, 512)
     module.narrow = nn.Linear(1000, 512)
