@@ -42,13 +42,10 @@ REASONS = {
     "caches that have gone cold since the last step. It was 1.4 to 1.6 ms in the runs of one evening.",
     "start": "Plain transformers needs as long by itself here, nearly all of it to import torch and transformers.",
     "train": "Servers of 8 blocks each work on four groups of 64 tokens, and wait for one group's time at each end "
-    "of both passes; a block runs 64 tokens at 0.8 of the speed of 256; and nobody has work while the "
-    "client follows the last group to the loss and back. One version gave 1.30 to 1.36 with prompt tuning "
-    "and 1.26 to 1.35 with LoRA, in six runs of an evening. Servers that both have all 16 blocks take "
-    "half of the batch each and do not wait for one another. Measured before rows of weights were laid "
-    "apart (decision 0008): 8 blocks now take 233 ms for 64 tokens there and back instead of 252. Only "
-    "noisy hours have come since: in turn with the version before, LoRA gave 1.38, 1.40 and 1.16 against "
-    "1.26, 1.26 and 1.22, and six runs of the benchmark 0.96 to 1.21.",
+    "of both passes; a block runs 64 tokens at 0.87 of the speed of 256; and nobody has work while the "
+    "client follows the last group to the loss and back. Five runs of one quiet night gave 1.27 to 1.38 with LoRA "
+    "(1.36 in the middle) and 1.38 to 1.44 with prompt tuning; noisy hours give 1.0 to 1.2. Servers that both have "
+    "all 16 blocks take half of the batch each and do not wait for one another.",
 }
 """Why a benchmark misses its line, shown under its table when it does."""
 
