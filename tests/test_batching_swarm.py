@@ -14,6 +14,7 @@ from helpers import at_once
 from inprocess_swarm import InProcessSwarm
 
 import nbrunner
+from nbrunner.blocks.outer import PreparedStep
 
 pytestmark = pytest.mark.network
 
@@ -61,6 +62,27 @@ def test_a_session_by_itself_is_joined_with_nothing(swarm: Any) -> None:
     ids = prompt(1)
     assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
     assert [server.host.batcher.joined for server in servers.servers] == before
+
+
+def test_the_steps_of_a_session_by_itself_are_prepared(swarm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain, model = swarm
+    found: list[tuple[int, bool]] = []
+    fits = PreparedStep.fits
+
+    def noting(prepared: PreparedStep, cache: Any, *step: int) -> bool:
+        found.append((prepared.cache.start, fits(prepared, cache, *step)))
+        return found[-1][1]
+
+    monkeypatch.setattr(PreparedStep, "fits", noting)
+    ids = prompt(1)
+    assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
+    steps = (
+        GREEDY["max_new_tokens"] - 2
+    )  # the prompt gives the first token, and is followed by a step like no other
+    assert found.count((0, True)) == found.count((2, True)) == steps
+    found.clear()
+    model.generate(prompt(2), num_beams=2, **GREEDY)
+    assert not any(used for _, used in found)  # rows change places before every step
 
 
 def test_the_layout_is_announced(swarm: Any) -> None:

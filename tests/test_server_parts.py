@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -231,6 +232,44 @@ def run_fakes(chosen: Sequence[tuple[FakePart, int]]) -> list[Exception | None]:
             problems.append(error)
         part.tokens -= tokens
     return problems
+
+
+def test_what_is_done_before_a_step_is_done_at_once_or_shortly_before_it_is_due(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thread = ComputeThread()
+    thread.serve_parts(run_fakes)
+
+    async def main() -> None:
+        done: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+
+        async def step(name: str, away: float, session: str = "one") -> None:
+            await thread.submit_part(FakePart(lambda: None), Urgency.DECODE, peer="p", session=session, brief=True)
+            monkeypatch.setattr(thread.gathering, "due", lambda _: time.perf_counter() + away)
+            thread.before_next(session, lambda rested: done.put_nowait((name, rested)))
+
+        await step("nobody knows when it comes", math.inf)
+        assert done.get_nowait() == ("nobody knows when it comes", False)
+        await step("it is back soon", compute.REST_SECONDS / 2)
+        assert done.get_nowait() == ("it is back soon", False)
+        await step("it is away for long", compute.READY_SECONDS + 0.05)
+        assert done.empty()
+        assert await asyncio.wait_for(done.get(), 10) == ("it is away for long", True)
+
+        await step("it comes before it is due", compute.READY_SECONDS + 0.05)
+        await step("it ends", compute.READY_SECONDS + 0.05)
+        thread.session_ended("one")
+        assert thread._preparing is None  # it would hold the session
+        await step("another", compute.READY_SECONDS + 0.1, "two")
+        assert await asyncio.wait_for(done.get(), 10) == ("another", True)
+
+        await step("two are active, and run together", math.inf, "three")
+        assert done.empty()
+
+    try:
+        asyncio.run(main())
+    finally:
+        thread.close()
 
 
 def test_brief_parts_run_here_unless_something_runs_or_another_session_is_active() -> None:

@@ -230,10 +230,6 @@ class Absent(nn.Module):
         raise AbsentModuleError(f"{self.name} is not held by a span of blocks")
 
 
-class EndOfRun(BaseException):
-    """Ends a forward on purpose after its last layer; no error, so that no ``except Exception`` stops it."""
-
-
 class AbsentModuleError(RuntimeError):
     """An outer forward ran a module that a span does not hold."""
 

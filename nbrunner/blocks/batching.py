@@ -31,6 +31,7 @@ from .batching_caches import PackedCache, PaddedCache, state_shapes
 from .cache import SpanCache
 from .edits import Edits
 from .host_copies import to_device
+from .outer import PreparedStep
 from .passes import SpanOutput
 from .prefix_attention import LONG_TOKENS, can_attend_in_pieces
 from .ropes import length_dependent_ropes
@@ -62,6 +63,7 @@ class SpanStep:
     collect: bool = False
     edits: Edits | None = None
     adapter: SpanAdapter | None = None
+    prepared: PreparedStep | None = None
 
     @property
     def rows(self) -> int:
@@ -202,6 +204,7 @@ class Batcher:
                     collect=one.collect,
                     edits=one.edits,
                     adapters=one.adapter,
+                    prepared=one.prepared,
                 )
             ]
         return self._padded(steps) if self.layout == "padded" else self._packed(steps)

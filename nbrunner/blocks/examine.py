@@ -15,13 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .architecture import (
     AbsentModuleError,
-    EndOfRun,
     Opaque,
-    Skip,
     accepted_arguments,
     cache_slots,
     config_for,
@@ -30,6 +28,7 @@ from .architecture import (
     unsupported,
 )
 from .cache import SpanCache
+from .outer import LayerCall, OuterModel
 from .pruning import pruned_class, quiet_transformers
 
 _BATCH, _TOKENS = 2, 3
@@ -210,40 +209,16 @@ def _refuse_by_structure(config: Any, cls: Any, model: Any, arguments: frozenset
             raise unsupported(config, f"its layers share weights ({target} is {source})")
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What the outer model gave to one layer."""
-
-    hidden: Any
-    others: dict[str, Any]
-
-
-class _Recorder(Skip):
-    def __init__(self, like: nn.Module, index: int, parts: int, calls: list[tuple[int, _Call]], last: int) -> None:
-        super().__init__(like, index, parts)
-        self.calls = calls
-        self.last = last
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states", None)
-        named = {f"argument {position}": value for position, value in enumerate(args[1:], 1)}
-        self.calls.append((self.index, _Call(hidden, {**named, **kwargs})))
-        if self.index == self.last:
-            raise EndOfRun
-        return super().forward()
-
-
 def _run_over_placeholders(
     model: Any, embeddings: Tensor, slots: tuple[frozenset[int], ...] | None, parts: int | None = None
-) -> tuple[list[_Call], int]:
+) -> tuple[list[LayerCall], int]:
     """Run the outer forward over layers that only note what they are given.
 
     Returns the notes, and into how many parts the outer model unpacks a result.
     """
     problem: Exception | None = None
     for tried in (2, 3, 4) if parts is None else (parts,):
-        calls: list[tuple[int, _Call]] = []
+        calls: list[tuple[int, LayerCall]] = []
         try:
             _run_once(model, embeddings, slots, tried, calls)
         except AbsentModuleError as error:
@@ -269,31 +244,24 @@ def _run_once(
     embeddings: Tensor,
     slots: tuple[frozenset[int], ...] | None,
     parts: int,
-    calls: list[tuple[int, _Call]],
+    calls: list[tuple[int, LayerCall]],
 ) -> None:
     pruned = model.nbrunner_layers
-    found = pruned.found
     kwargs: dict[str, Any] = {"inputs_embeds": embeddings.clone()}
-    if "attention_mask" in accepted_arguments(found.base):
+    if "attention_mask" in accepted_arguments(pruned.found.base):
         padded = torch.ones(embeddings.shape[:2], dtype=torch.long)
         padded[0, 0] = 0
         kwargs["attention_mask"] = padded
     if slots is not None:
         cache = SpanCache(text_config(model.config), frozenset().union(*slots), start=0, end=pruned.num_blocks)
         kwargs |= {"past_key_values": cache, "use_cache": True}
-    last = pruned.num_blocks - 1
-    recorders = [_Recorder(layer, index, parts, calls, last) for index, layer in enumerate(pruned.originals)]
-    found.owner._modules[found.attribute] = nn.ModuleList(recorders)
-    try:
-        with torch.no_grad():
-            found.base(**kwargs)
-    except EndOfRun:
-        pass
-    finally:
-        found.owner._modules[found.attribute] = found.layers
+    with torch.no_grad():
+        OuterModel(pruned, parts).forward(
+            kwargs, pruned.num_blocks, lambda index, call: calls.append((index, call))
+        )
 
 
-def _carried(config: Any, index: int, call: _Call, with_noise: _Call) -> frozenset[int]:
+def _carried(config: Any, index: int, call: LayerCall, with_noise: LayerCall) -> frozenset[int]:
     """Which parts of the previous layer's result this layer takes besides the hidden state."""
     if index and not (isinstance(call.hidden, Opaque) and (call.hidden.layer, call.hidden.part) == (index - 1, 0)):
         raise unsupported(config, f"layer {index} does not get what layer {index - 1} returned")
@@ -319,7 +287,7 @@ def _carried(config: Any, index: int, call: _Call, with_noise: _Call) -> frozens
     return frozenset(parts)
 
 
-def _refuse_if_later_tokens_are_seen(config: Any, calls: list[_Call]) -> None:
+def _refuse_if_later_tokens_are_seen(config: Any, calls: list[LayerCall]) -> None:
     """An encoder's mask (bert, ...) lets a token see those after it, which no cache can give.
 
     The placeholder run pads the first token of row 0, so that outer models make a mask at all; row 1 has none. A

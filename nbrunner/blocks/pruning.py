@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from .architecture import LayerList, Skip, find_layers, replace_modules
+from .architecture import LayerList, find_layers, replace_modules
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,6 @@ class PrunedLayers:
     @property
     def num_blocks(self) -> int:
         return len(self.originals)
-
-    def skips(self, parts: int) -> list[Skip]:
-        """One placeholder for each layer, held or not."""
-        return [Skip(layer, index, parts) for index, layer in enumerate(self.originals)]
 
 
 def prune(model: Any, start: int, end: int, outside: Collection[str] | None) -> None:

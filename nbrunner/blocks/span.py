@@ -9,9 +9,8 @@ been done once, on the client.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,32 +18,19 @@ from torch import Tensor, nn
 
 from ..errors import UserInputError
 from .adapters import Adapting, RowAdapters, SpanAdapter, Width, linear_widths
-from .architecture import EndOfRun, Opaque, accepted_arguments, text_config
+from .architecture import accepted_arguments, text_config
 from .cache import SpanCache
 from .checkpoint import Checkpoint
 from .edits import Edits
 from .host_copies import to_device
 from .huge_pages import onto_huge_pages
 from .loading import as_dtype, load_span_model
+from .outer import LayerCall, OuterModel, PreparedStep
 from .passes import KeptPass, Leaves, SavedBytes, SpanGradient, SpanOutput
 from .ropes import remembering_ropes
 from .span_inputs import check_cache, check_carry, check_differentiable, check_hidden, check_positions
 from .thin_products import ThinProducts
 from .wide_products import widen_products
-
-
-@dataclass
-class _Run:
-    hidden: Tensor
-    carry: Mapping[int, Tensor]
-    start: int
-    end: int
-    collected: list[Tensor] | None
-    edits: Edits | None
-    adapting: Adapting | None
-    position: int
-    result: Tensor | None = None
-    rest: dict[int, Tensor] = field(default_factory=dict)
 
 
 class BlockSpan:
@@ -90,19 +76,12 @@ class BlockSpan:
         self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self._weight_pointers = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
         self._pruned = pruned
-        self._base = pruned.found.base
-        self._accepts = accepted_arguments(self._base)
-        self._skips = pruned.skips(architecture.result_parts)
+        self._accepts = accepted_arguments(pruned.found.base)
+        self._outer = OuterModel(pruned, architecture.result_parts)
         self._widths: dict[int, dict[str, Width]] = {}
-        self._views: dict[tuple[int, int], nn.ModuleList] = {}
         self._rope = remembering_ropes(model)
         self._thin = ThinProducts()
         self._lock = threading.Lock()
-        self._run: _Run | None = None
-        for index in range(self.start, self.end):
-            layer = pruned.originals[index]
-            layer.register_forward_pre_hook(self._entering(index), with_kwargs=True)
-            layer.register_forward_hook(self._leaving(index), with_kwargs=True)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -179,6 +158,7 @@ class BlockSpan:
         collect: bool = False,
         edits: Edits | None = None,
         adapters: RowAdapters = None,
+        prepared: PreparedStep | None = None,
     ) -> SpanOutput:
         """Run blocks, without gradients.
 
@@ -203,6 +183,8 @@ class BlockSpan:
             Made before a block runs, and seen in what is collected. Positions count from the session's beginning.
         adapters : SpanAdapter or sequence of SpanAdapter or None, optional
             For all rows, or one for each row; they must fit the blocks (`nbrunner.blocks.adapters.check_adapter`).
+        prepared : PreparedStep, optional
+            From `prepare`; used if it is for this step.
 
         Raises
         ------
@@ -214,12 +196,42 @@ class BlockSpan:
         self._check(hidden, cache, attention_mask, position_ids, start, end, carry)
         with self._lock, torch.inference_mode() if cache is not None else torch.no_grad():
             adapting = None if adapters is None else Adapting(adapters, hidden.shape[0])
-            run = self._execute(
-                hidden, cache, attention_mask, position_ids, start, end, carry or {}, collect, edits, adapting
+            output = self._execute(
+                hidden,
+                cache,
+                attention_mask,
+                position_ids,
+                start,
+                end,
+                carry or {},
+                collect,
+                edits,
+                adapting,
+                prepared,
             )
         if cache is not None and end == cache.end:
             cache.length += hidden.shape[1]
-        return SpanOutput(_result(run), run.rest, run.collected or [])
+        return output
+
+    def prepare(self, cache: SpanCache, rows: int) -> PreparedStep:
+        """Run the outer model for a session's next step, if that will be one token of so many rows.
+
+        It takes some 0.5 ms and needs nothing of the step, so that a server can do it while it waits for one. With
+        two servers of two small blocks each it was a quarter of a step.
+
+        Returns
+        -------
+        PreparedStep
+            For `forward` or a `SpanStep`, of which it changes the time only; to be thrown away when anything else
+            is done to the cache.
+        """
+        start, end = self._range(cache.start, cache.end)
+        with self._lock, torch.inference_mode():
+            for rope in self._rope:
+                rope.restore()
+            return PreparedStep(
+                cache, cache.length, rows, self._outer_calls(rows, 1, cache, None, None, start, end)
+            )
 
     def forward_joined(
         self,
@@ -239,10 +251,9 @@ class BlockSpan:
         """
         start, end = cache.start, cache.end
         with self._lock, torch.inference_mode(), self._thin.turned():
-            run = self._execute(
+            return self._execute(
                 hidden, cache, attention_mask, position_ids, start, end, carry, collect, edits, adapting
             )
-        return SpanOutput(_result(run), run.rest, run.collected or [])
 
     def check_step(
         self,
@@ -302,7 +313,7 @@ class BlockSpan:
                 hidden, carry or {}, adapter, device=self.device, dtype=self.dtype, adapter_grads=adapter_grads
             )
             adapting = None if leaves.adapter is None else Adapting(leaves.adapter, hidden.shape[0])
-            run = self._execute(
+            output = self._execute(
                 leaves.hidden,
                 None,
                 attention_mask,
@@ -314,7 +325,7 @@ class BlockSpan:
                 edits,
                 adapting,
             )
-        return KeptPass(leaves, _result(run), run.rest, run.collected or [], saved.nbytes)
+        return KeptPass(leaves, output.hidden, output.carry, output.collected, saved.nbytes)
 
     def backward(
         self,
@@ -433,122 +444,83 @@ class BlockSpan:
         collect: bool,
         edits: Edits | None,
         adapting: Adapting | None,
-    ) -> _Run:
+        prepared: PreparedStep | None = None,
+    ) -> SpanOutput:
         hidden = to_device(hidden, self.device, self.dtype)
-        batch, tokens = hidden.shape[:2]
+        rows, tokens = hidden.shape[:2]
+        mask = _plain_mask(attention_mask, self.device)
+        for rope in self._rope:
+            rope.restore()
+        part_of_cache = cache is not None and (start, end) != (cache.start, cache.end)
+        with cache.only(self._slots(start, end)) if (cache is not None and part_of_cache) else nullcontext():
+            if (
+                prepared is not None
+                and mask is None
+                and position_ids is None
+                and prepared.fits(cache, rows, tokens, start, end)
+            ):
+                calls = prepared.calls
+            else:
+                calls = self._outer_calls(rows, tokens, cache, mask, position_ids, start, end)
+            with adapting.within(self._held(start, end)) if adapting is not None else nullcontext():
+                return self._run_blocks(calls, hidden, cache, start, carry, collect, edits, adapting)
+
+    def _outer_calls(
+        self,
+        rows: int,
+        tokens: int,
+        cache: SpanCache | None,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        start: int,
+        end: int,
+    ) -> list[LayerCall]:
+        """What the outer model gives the blocks."""
         # Zeros, never the real tensor: some outer models scale their embeddings in place.
-        zeros = hidden.new_zeros(batch, tokens, self.architecture.embedding_width)
+        zeros = torch.zeros(rows, tokens, self.architecture.embedding_width, dtype=self.dtype, device=self.device)
         arguments: dict[str, Any] = {"inputs_embeds": zeros}
         if "use_cache" in self._accepts:
             arguments["use_cache"] = cache is not None
         if "attention_mask" in self._accepts:
-            arguments["attention_mask"] = _plain_mask(attention_mask, self.device)
+            arguments["attention_mask"] = mask
         if position_ids is not None and "position_ids" in self._accepts:
             arguments["position_ids"] = to_device(position_ids, self.device, torch.long)
         if cache is not None:
             arguments["past_key_values"] = cache
-        for rope in self._rope:
-            rope.restore()
-        moved = {part: to_device(tensor, self.device) for part, tensor in carry.items()}
+        return self._outer.calls(arguments, start, end)
+
+    def _run_blocks(
+        self,
+        calls: Sequence[LayerCall],
+        hidden: Tensor,
+        cache: SpanCache | None,
+        start: int,
+        carry: Mapping[int, Tensor],
+        collect: bool,
+        edits: Edits | None,
+        adapting: Adapting | None,
+    ) -> SpanOutput:
+        parts: Mapping[int, Tensor] = {part: to_device(tensor, self.device) for part, tensor in carry.items()}
         past = cache.length if cache is not None else 0
-        self._run = run = _Run(hidden, moved, start, end, [] if collect else None, edits, adapting, past)
-        part_of_cache = cache is not None and (start, end) != (cache.start, cache.end)
-        try:
-            with (
-                self._layers_in_place(start, end),
-                cache.only(self._slots(start, end)) if (cache is not None and part_of_cache) else nullcontext(),
-                adapting.within(self._held(start, end)) if adapting is not None else nullcontext(),
-            ):
-                self._base(**arguments)
-        except EndOfRun:
-            pass
-        finally:
-            self._run = None
-        return run
+        collected: list[Tensor] = []
+        for block, call in enumerate(calls, start):
+            if edits is not None and edits.touches(block):
+                hidden = edits.apply(hidden, block, past)
+            if collect:
+                collected.append(hidden)
+            if adapting is not None:
+                hidden = adapting.add_prompts(hidden, block, past)
+            result = call.run(self._pruned.originals[block], hidden, parts)
+            if isinstance(result, (tuple, list)):
+                hidden = result[0]
+                wanted = self.carry_at(block + 1)
+                parts = {part: result[part] for part in wanted if part < len(result) and result[part] is not None}
+            else:
+                hidden, parts = result, {}
+        return SpanOutput(hidden, dict(parts), collected)
 
     def _held(self, start: int, end: int) -> dict[int, nn.Module]:
         return {index: self._pruned.originals[index] for index in range(start, end)}
-
-    @contextmanager
-    def _layers_in_place(self, start: int, end: int) -> Iterator[None]:
-        found = self._pruned.found
-        view = self._views.get((start, end))
-        if view is None:
-            view = self._views[start, end] = _View(
-                [
-                    self._pruned.originals[index] if start <= index < end else self._skips[index]
-                    for index in range(len(self._skips))
-                ]
-            )
-        found.owner._modules[found.attribute] = view
-        try:
-            yield
-        finally:
-            found.owner._modules[found.attribute] = found.layers
-
-    def _entering(self, index: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run = self._run
-            if run is None:
-                return args, kwargs
-            if index == run.start:
-                # Whatever a skipped layer would have returned comes from the wire.
-                args = tuple(_from_wire(value, run.carry) for value in args)
-                kwargs = {name: _from_wire(value, run.carry) for name, value in kwargs.items()}
-                if args:
-                    args = (run.hidden, *args[1:])
-                else:
-                    kwargs["hidden_states"] = run.hidden
-            if run.edits is not None and run.edits.touches(index):
-                edited = run.edits.apply(args[0] if args else kwargs["hidden_states"], index, run.position)
-                if args:
-                    args = (edited, *args[1:])
-                else:
-                    kwargs = {**kwargs, "hidden_states": edited}
-            if run.collected is not None:
-                run.collected.append(args[0] if args else kwargs["hidden_states"])
-            if run.adapting is not None:
-                entering = args[0] if args else kwargs["hidden_states"]
-                prompted = run.adapting.add_prompts(entering, index, run.position)
-                if args:
-                    args = (prompted, *args[1:])
-                else:
-                    kwargs = {**kwargs, "hidden_states": prompted}
-            return args, kwargs
-
-        return hook
-
-    def _leaving(self, index: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            run = self._run
-            if run is None or index != run.end - 1:
-                return
-            parts = output if isinstance(output, (tuple, list)) else (output,)
-            run.result = parts[0]
-            wanted = self.carry_at(run.end)
-            run.rest = {part: parts[part] for part in wanted if part < len(parts) and parts[part] is not None}
-            raise EndOfRun
-
-        return hook
-
-
-class _View(nn.ModuleList):
-    """A list of layers of which outer models take all, as in ``layers[:n]``: no new list for each (0.05 ms)."""
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
-            return self
-        return super().__getitem__(index)
-
-
-def _from_wire(value: Any, carry: Mapping[int, Tensor]) -> Any:
-    return carry.get(value.part) if isinstance(value, Opaque) else value
-
-
-def _result(run: _Run) -> Tensor:
-    if run.result is None:
-        raise RuntimeError(f"the model's forward ended before block {run.end - 1}")
-    return run.result
 
 
 def _plain_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -22,6 +23,13 @@ T = TypeVar("T")
 AWAKE_SECONDS = 0.002
 """A lone session that comes back sooner than this is waited for awake. To fall asleep and be woken takes 0.1 ms,
 and the core forgets what it had in its caches. One server of a small model: 1.41 ms a hop instead of 1.59."""
+
+REST_SECONDS = 0.02
+"""What a step needs of the processor's caches is there as long as this; see `nbrunner.blocks.rehearsal`."""
+
+READY_SECONDS = 0.015
+"""What is done for a step before it comes begins so long before it is due. Later, it would give a little more, and
+take the core from the client, which is computing its head then (decision 0018)."""
 
 
 class Part(Protocol):
@@ -71,6 +79,7 @@ class ComputeThread:
         self._numbers = itertools.count()
         self._closed = False
         self._awake_until = 0.0
+        self._preparing: asyncio.TimerHandle | None = None
         self._running = threading.Lock()
         self._initialize = initialize
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -111,6 +120,7 @@ class ComputeThread:
         """
         now = time.perf_counter()
         self._awake_until = 0.0
+        self._stop_preparing()
         with self._lock:
             self.gathering.came(session, now)
             alone = self.gathering.active(now) == 1
@@ -134,12 +144,45 @@ class ComputeThread:
         await self._enqueue(job)
         return Done(None, job.queue, job.compute)
 
+    def before_next(self, session: str, function: Callable[[bool], None]) -> None:
+        """Have something short run where we are, in the event loop, before a session's next step comes.
+
+        Parameters
+        ----------
+        function
+            Run at once, or, if the session is known to be away for some time, shortly before it is due: then it is
+            called with True. Not at all if other sessions are active, or something else runs or waits.
+        """
+        with self._lock:
+            away = self.gathering.due(session) - time.perf_counter()
+        if REST_SECONDS < away < math.inf:
+            loop = asyncio.get_running_loop()
+            self._preparing = loop.call_later(away - READY_SECONDS, self._in_pause, function, True)
+        else:
+            self._in_pause(function, False)
+
+    def _in_pause(self, function: Callable[[bool], None], rested: bool) -> None:
+        self._preparing = None
+        with self._lock:
+            alone = self.gathering.active(time.perf_counter()) == 1
+        if alone and self._may_run_here():
+            try:
+                function(rested)
+            finally:
+                self._running.release()
+
+    def _stop_preparing(self) -> None:
+        if self._preparing is not None:
+            self._preparing.cancel()
+            self._preparing = None
+
     def _stay_awake(self) -> None:
         if time.perf_counter() < self._awake_until and not self._closed:
             asyncio.get_running_loop().call_soon(self._stay_awake)
 
     def session_ended(self, session: str) -> None:
         """No step of it is waited for any more."""
+        self._stop_preparing()
         with self._lock:
             self.gathering.forget(session)
             waited_for = bool(self._waiting)

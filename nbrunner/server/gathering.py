@@ -85,6 +85,11 @@ class Gathering:
             before = self._pass_seconds or seconds
             self._pass_seconds = before + _SMOOTHING * (seconds - before)
 
+    def due(self, session: str) -> float:
+        """When a session that is away should be back; infinite if that is not known."""
+        found = self._rounds.get(session)
+        return math.inf if found is None else found.due
+
     def late(self, session: str) -> float:
         """Until when a session that is away is expected back; infinite if that is not known."""
         found = self._rounds.get(session)

@@ -12,6 +12,7 @@ import torch
 from nbrunner.blocks.batching import Batcher
 from nbrunner.blocks.cache import SpanCache, is_recurrent
 from nbrunner.blocks.lens import Lens
+from nbrunner.blocks.rehearsal import Rehearsal, can_rehearse
 from nbrunner.blocks.span import BlockSpan
 from nbrunner.protocol.limits import Limits
 from nbrunner.server.adapters import AdapterStore
@@ -79,6 +80,8 @@ class Host:
         Whether sessions that begin alike can hold their beginning together.
     frozen
         What sessions hold together.
+    rehearsal
+        Of a step; None where it would cost more than it gives.
     queue_seconds
         How long the last steps waited before they ran, smoothed.
     """
@@ -105,6 +108,7 @@ class Host:
     croppable: bool = field(init=False)
     shares_prefixes: bool = field(init=False)
     frozen: FrozenBytes = field(init=False)
+    rehearsal: Rehearsal | None = field(init=False)
     queue_seconds: float = field(default=0.0, init=False)
     _decode_seconds: float = field(default=0.0, init=False)
 
@@ -129,6 +133,7 @@ class Host:
         self.form = form_of(self.span, self.limits)
         self.croppable = always_croppable(self.span)
         self.shares_prefixes = can_share_prefixes(self.span, self.batcher)
+        self.rehearsal = Rehearsal(self.span) if can_rehearse(self.span) else None
 
     @property
     def peer_id(self) -> str:

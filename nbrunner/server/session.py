@@ -201,6 +201,7 @@ class ServerSession:
             self._captures.clear()
         if self.sharing.concerns(plan):
             plan = await self.sharing.begin(part, arrived.tensors, plan)
+        work: PartWork | None = None
         if plan.ops or plan.begin < plan.end:
             work, done = await self._run_plan(arrived, plan)
             timing = HopTiming(self.host.peer_id, done.queue, done.compute, time.perf_counter() - arrived.at)
@@ -212,6 +213,8 @@ class ServerSession:
         self.state.passed_on(plan)
         held = self.memory.transcript.window(plan.send_from, plan.send_to)
         await self._out.pass_on(part, plan, held, arrived.tensors, timing, captured)
+        if work is not None and self.host.is_brief(batch):
+            self.host.compute.before_next(self.id, work.prepare_next)
 
     async def _run_plan(self, arrived: _Arrived, plan: PartPlan) -> tuple[PartWork, Done[None]]:
         host, peer, tokens = self.host, self.stream.peer, plan.end - plan.begin

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 
 from nbrunner.blocks.cache import PAGE_TOKENS, SpanCache
+from nbrunner.blocks.outer import PreparedStep
 from nbrunner.blocks.prefix import FrozenTokens, Prefix
 from nbrunner.protocol.steps import CacheOp
 from nbrunner.server.content import Content
@@ -47,11 +48,17 @@ class SessionMemory:
         What the caches hold, as far as others could have the same.
     frozen, peer
         Is told of tokens that are frozen here, and for whom.
+
+    Attributes
+    ----------
+    prepared
+        What could be computed of the next step before it came; nothing here is changed without forgetting it.
     """
 
     def __init__(self, cache: SpanCache, content: Content, frozen: FrozenBytes, peer: str) -> None:
         self.cache, self.content = cache, content
         self.transcript = Transcript()
+        self.prepared: PreparedStep | None = None
         self._frozen, self._peer = frozen, peer
 
     @property
@@ -60,6 +67,7 @@ class SessionMemory:
         return self.cache.nbytes() + self.transcript.nbytes
 
     def apply(self, op: CacheOp) -> None:
+        self.prepared = None
         length = self.transcript.length
         if op.kind == "repeat" and op.count > 1 and self._freezes(length, self.cache.prefix):
             self.freeze(length)
@@ -79,6 +87,7 @@ class SessionMemory:
 
     def freeze(self, tokens: int) -> None:
         """Make the first ``tokens`` a prefix, which others may have too. `MemoryError`: nothing has changed."""
+        self.prepared = None
         outputs, rest = self.transcript.copied(tokens), self.transcript.behind(tokens)
         self._frozen.add(self.cache.freeze(tokens, outputs), self._peer)
         self.transcript.continue_behind(self.cache.prefix, rest)
@@ -88,6 +97,7 @@ class SessionMemory:
         if other.cache.prefix.tokens < tokens:
             other.freeze(tokens)
         prefix = other.cache.prefix.first(tokens).original()
+        self.prepared = None
         self.cache.start_with(prefix)
         self.transcript.start_with(prefix)
 

@@ -88,6 +88,7 @@ class PartWork:
             return None
         count = max(tokens // self.rows, 1)
         window = slice(self._done, self._done + count)
+        prepared, self.memory.prepared = self.memory.prepared, None
         upto = self.plan.begin + self._done + inputs.hidden[:, window].shape[1]
         return SpanStep(
             inputs.hidden[:, window],
@@ -98,6 +99,7 @@ class PartWork:
             self.part.capture,
             self.edits,
             self.adapter,
+            prepared,
         )
 
     def _begin(self) -> None:
@@ -124,6 +126,22 @@ class PartWork:
                 position_ids=inputs.positions,
                 carry=inputs.carry,
             )
+
+    def prepare_next(self, rested: bool) -> None:
+        """Have ready what the next step needs besides its hidden states, if it is like this one.
+
+        A decode step is: one token after another, without padding and with positions that count them.
+
+        Parameters
+        ----------
+        rested
+            The processor has forgotten what it did.
+        """
+        one_token = self.plan.end - self.plan.begin == 1
+        if self.computed and one_token and not self.plan.ops and not {"mask", "positions"} & self.tensors.keys():
+            self.memory.prepared = self.host.span.prepare(self.memory.cache, self.rows)
+            if rested and self.host.rehearsal is not None:
+                self.host.rehearsal.run()
 
     def record(self, output: SpanOutput) -> None:
         """What came out of the step, in this machine's memory."""

@@ -30,7 +30,10 @@ class Step:
 
 @dataclass
 class LocalSession:
-    """Caches on each span; rolls back by cropping where the caches can, and by replaying the session where not."""
+    """Caches on each span; rolls back by cropping where the caches can, and by replaying the session where not.
+
+    Steps of one token are prepared before they come, as a server does.
+    """
 
     parts: list[tuple[BlockSpan, int, int]]
     edits: Edits | None = None
@@ -105,6 +108,7 @@ class LocalSession:
         captured: list[torch.Tensor] = []
         carry: Mapping[int, torch.Tensor] = {}
         for (span, _, _), cache in zip(self.parts, self.caches, strict=True):
+            prepared = span.prepare(cache, len(hidden)) if cache.length and hidden.shape[1] == 1 else None
             output = span.forward(
                 hidden,
                 cache=cache,
@@ -114,6 +118,7 @@ class LocalSession:
                 collect=capture,
                 edits=self.edits,
                 adapters=self.adapter,
+                prepared=prepared,
             )
             hidden, carry = output.hidden, output.carry
             captured += output.collected
