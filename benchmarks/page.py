@@ -33,18 +33,18 @@ REASONS = {
     "single row (122 ms and 58 on one core in float32). Serving the peers in turn would take most of the speed of "
     "the eight and give next to nothing to the one.",
     "decode": "A step of `mid` reads 800 MB of weights and is bound by the memory of a machine that others use "
-    "too: one version gave 0.93 and 0.90 within an hour. Over two servers, each process sleeps while the other one "
-    "computes: 8 blocks take 28.9 ms in one that goes on and 29.9 after 40 ms of rest, most of it in the first of "
-    "them, whose code has left the caches (running one for nothing just before did not help). A message from one "
-    "process to the next takes 0.6 ms.",
+    "too: one version gave 0.919 to 0.945 within an hour. Over two servers, each process rests while the other one "
+    "computes, and the code of a step leaves its processor's caches: a server rehearses before a step is due "
+    "(decision 0018), and its 8 blocks then take 29.3 ms, and 28.6 in the plain model; what it does around them "
+    "takes 0.5. A message from one process to the next takes 0.4 ms.",
     "hop": "A step of `tiny8` is all overhead. Where there is one server, all that a client does for a step counts "
     "for it: 0.5 ms of processor time. The rest is the server's: to take a part, check it and pass it on, with "
-    "caches that have gone cold since the last step. It was 1.4 to 1.6 ms in the runs of one evening.",
+    "caches that have gone cold since the last step. It was 1.1 to 1.4 ms in quiet runs of one night.",
     "start": "Plain transformers needs as long by itself here, nearly all of it to import torch and transformers.",
     "train": "Servers of 8 blocks each work on four groups of 64 tokens, and wait for one group's time at each end "
     "of both passes; a block runs 64 tokens at 0.87 of the speed of 256; and nobody has work while the "
-    "client follows the last group to the loss and back. Five runs of one quiet night gave 1.27 to 1.38 with LoRA "
-    "(1.36 in the middle) and 1.38 to 1.44 with prompt tuning; noisy hours give 1.0 to 1.2. Servers that both have "
+    "client follows the last group to the loss and back. Eight runs of one night gave 1.24 to 1.38 with LoRA "
+    "(1.34 in the middle) and 1.38 to 1.44 with prompt tuning; noisy hours give 1.0 to 1.2. Servers that both have "
     "all 16 blocks take half of the batch each and do not wait for one another.",
 }
 """Why a benchmark misses its line, shown under its table when it does."""
