@@ -76,9 +76,8 @@ def test_the_steps_of_a_session_by_itself_are_prepared(swarm: Any, monkeypatch: 
     monkeypatch.setattr(PreparedStep, "fits", noting)
     ids = prompt(1)
     assert torch.equal(model.generate(ids, **GREEDY), plain.generate(ids, **GREEDY))
-    steps = (
-        GREEDY["max_new_tokens"] - 2
-    )  # the prompt gives the first token, and is followed by a step like no other
+    # the prompt gives the first token, and the step after it is like none before
+    steps = GREEDY["max_new_tokens"] - 2
     assert found.count((0, True)) == found.count((2, True)) == steps
     found.clear()
     model.generate(prompt(2), num_beams=2, **GREEDY)

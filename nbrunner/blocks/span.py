@@ -1,9 +1,9 @@
-"""Running a contiguous range of blocks by the model's own outer forward.
+"""Running a contiguous range of blocks as the model's own outer forward would.
 
-The outer model computes masks, rotary tables, alibi slopes and sliding windows; every layer outside the range is
-replaced by a placeholder, the hidden state from the wire is put in before the first layer of the range, and the run
-stops after the last. The outer model itself is fed zeros: what it does to embeddings (scale, norm, positions) has
-been done once, on the client.
+The outer model computes masks, rotary tables, alibi slopes and sliding windows. It is run over placeholders that
+note what it gives each block (`nbrunner.blocks.outer`); then the blocks are run with that, one after the other, on
+the hidden state from the wire. The outer model itself is fed zeros: what it does to embeddings (scale, norm,
+positions) has been done once, on the client.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .wide_products import widen_products
 class BlockSpan:
     """The blocks ``[start, end)`` of a model, loaded.
 
-    One compute thread per span is assumed, because the run's state is on the span while it runs; a second thread
-    waits. The model is in evaluation mode and its parameters are frozen; `backward` computes gradients with respect
-    to the inputs.
+    One compute thread per span is assumed, because the model's list of layers is another one while the outer model
+    runs; a second thread waits. The model is in evaluation mode and its parameters are frozen; `backward` computes
+    gradients with respect to the inputs.
 
     Attributes
     ----------
@@ -216,8 +216,8 @@ class BlockSpan:
     def prepare(self, cache: SpanCache, rows: int) -> PreparedStep:
         """Run the outer model for a session's next step, if that will be one token of so many rows.
 
-        It takes some 0.5 ms and needs nothing of the step, so that a server can do it while it waits for one. With
-        two servers of two small blocks each it was a quarter of a step.
+        It takes some 0.4 ms (of 2.3 that a step through four blocks of hidden 256 takes) and needs nothing of the
+        step, so that a server can do it while it waits for one.
 
         Returns
         -------

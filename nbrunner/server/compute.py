@@ -153,6 +153,7 @@ class ComputeThread:
             Run at once, or, if the session is known to be away for some time, shortly before it is due: then it is
             called with True. Not at all if other sessions are active, or something else runs or waits.
         """
+        self._stop_preparing()  # of another session: two are active, and it would only hold that one
         with self._lock:
             away = self.gathering.due(session) - time.perf_counter()
         if REST_SECONDS < away < math.inf:
